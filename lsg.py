@@ -1,0 +1,281 @@
+"""LSG attention: every query sees a Local window, a Sparse choice of keys around it, and Global keys.
+
+Paper: C. Condevaux and S. Harispe, "LSG Attention: Extrapolation of pretrained Transformers to long
+sequences" (2022), arXiv:2210.15497. Official code: lsg-converter 0.1.9,
+lsg_converter/mbart/modeling_lsg_mbart.py. This file needs torch and nothing else: copy it.
+
+A sequence is num_global_tokens global tokens, then the text, cut into blocks of block_size tokens.
+The queries of one block share their keys:
+
+    global   the num_global_tokens first tokens
+    local    the block itself and its two neighbours: 3 * block_size tokens
+    sparse   sparse_block_size keys on either side of the local window, out of a thinned copy of the
+             text in which each run of sparsity_factor tokens has left one key (see SELECTIONS)
+
+so that a query costs num_global_tokens + 2 * sparse_block_size + 3 * block_size keys, however long
+the text is. A global query sees everything. A text of at most 2 * block_size tokens is all local,
+and gets full attention.
+
+Letters in the comments on shapes:
+    B batch, H heads, D head_dim               T tokens in all, the G global ones first
+    N blocks of block_size queries             S sparse keys made from the text
+    K keys that one block of queries sees
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, sparse_block_size=128,
+                  sparsity_factor=2, sparsity_type="norm", num_global_tokens=1,
+                  lsh_num_pre_rounds=1, adaptive=True, dropout_p=0.0):
+    """Attend as `scaled_dot_product_attention(query, key, value)` does, at linear cost.
+
+    query, key, value: (B, H, T, D), the num_global_tokens global tokens first.
+    attention_mask: (B, T), nonzero where a key may be seen, zero for padding; None means no padding.
+    sparse_block_size: 0 leaves out the sparse keys, as does sparsity_type None or "none".
+    adaptive: pad a text whose length is no multiple of block_size; else such a text is an error.
+    Returns (B, H, T, D). Raises ValueError for options that do not fit together.
+
+    >>> x = torch.randn(1, 2, 1 + 64, 8)
+    >>> lsg_attention(x, x, x, block_size=8, sparse_block_size=8).shape
+    torch.Size([1, 2, 65, 8])
+    """
+    check_options(block_size, sparse_block_size, sparsity_factor, sparsity_type, lsh_num_pre_rounds)
+    B, H, T, D = query.shape
+    G, text_length = num_global_tokens, T - num_global_tokens
+    if attention_mask is None:
+        attention_mask = torch.ones(B, T, device=query.device)
+    visible = attention_mask.bool()[:, None]  # (B, 1, T)
+
+    if text_length <= 2 * block_size:
+        return F.scaled_dot_product_attention(query, key, value, visible[:, :, None], dropout_p)
+    if text_length % block_size and not adaptive:
+        raise ValueError(f"a text of {text_length} tokens is no multiple of block_size={block_size}: "
+                         "pad it, or set adaptive=True")
+
+    from_globals = F.scaled_dot_product_attention(
+        query[:, :, :G], key, value, visible[:, :, None], dropout_p)  # (B, H, G, D)
+
+    padding = -text_length % block_size
+    if padding:
+        query, key, value = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value))
+        visible = F.pad(visible, (0, padding))
+    query = query[:, :, G:].unflatten(2, (-1, block_size))  # (B, H, N, block_size, D)
+
+    step = 0  # sparse keys left by each block
+    if sparse_block_size and sparsity_factor > 0 and sparsity_type not in (None, "none"):
+        step = block_size // sparsity_factor
+        sparse = select(query[:, :, 0, 0], key[:, :, G:], value[:, :, G:], visible[:, :, G:],
+                        block_size, min(block_size, sparse_block_size), sparsity_factor,
+                        sparsity_type, lsh_num_pre_rounds)
+        key, value, visible = (torch.cat([x.expand(-1, H, *x.shape[2:]), s], dim=2)
+                               for x, s in zip((key, value, visible), sparse))
+    table = key_table(query.shape[2], G, block_size, step, sparse_block_size, query.device)
+    from_text = block_attention(query, key, value, visible.expand(-1, H, -1), table, dropout_p)
+    return torch.cat([from_globals, from_text.flatten(2, 3)[:, :, :text_length]], dim=2)
+
+
+def key_table(num_blocks, num_global_tokens, block_size, step, sparse_block_size, device=None):
+    """Which keys each block of queries sees: (N, K) rows of [globals | text | sparse keys].
+
+    -1 stands for a place beyond either end of the text. `step` is the number of sparse keys made
+    from one block, 0 for none. Blocks of two, one global and no sparse key:
+
+    >>> key_table(num_blocks=3, num_global_tokens=1, block_size=2, step=0, sparse_block_size=0)
+    tensor([[ 0, -1, -1,  1,  2,  3,  4],
+            [ 0,  1,  2,  3,  4,  5,  6],
+            [ 0,  3,  4,  5,  6, -1, -1]])
+    """
+    block = torch.arange(num_blocks, device=device)[:, None]
+    offset = torch.arange(max(num_global_tokens, 3 * block_size, sparse_block_size), device=device)
+
+    def window(first, size, base, length):  # `size` places from `first` on, in a part of the row
+        place = first + offset[:size]
+        return torch.where((0 <= place) & (place < length), base + place, -1)
+
+    text, sparse = num_global_tokens, num_global_tokens + num_blocks * block_size
+    columns = [window(0 * block, num_global_tokens, 0, num_global_tokens),
+               window((block - 1) * block_size, 3 * block_size, text, num_blocks * block_size)]
+    if step:  # the sparse keys of block i begin at i * step; those of the local window are left out
+        before, after = (block - 1) * step - sparse_block_size, (block + 2) * step
+        columns += [window(before, sparse_block_size, sparse, num_blocks * step),
+                    window(after, sparse_block_size, sparse, num_blocks * step)]
+    return torch.cat(columns, dim=1)
+
+
+def block_attention(query, key, value, visible, table, dropout_p=0.0):
+    """Attention of each block of queries to the keys that its row of the table names.
+
+    query (B, H, N, block_size, D); key, value (B, H, rows, D); visible (B, H, rows); table (N, K).
+    Returns (B, H, N, block_size, D).
+
+    A block's keys are copied side by side, so that one fused call serves all blocks. On a CPU that
+    is done one head at a time: what is gathered then stays in the cache until it is used.
+    """
+    B, H, N, _, D = query.shape
+    K, inside, table = table.shape[1], table >= 0, table.clamp(min=0).flatten()
+    query, key, value, visible = (x.flatten(0, 1) for x in (query, key, value, visible))
+
+    def attend(query, key, value, visible):  # any number of heads, as the first dimension
+        key, value, visible = (x.index_select(1, table).unflatten(1, (N, K))
+                               for x in (key, value, visible))  # (heads, N, K, D), (heads, N, K)
+        mask = (visible & inside)[:, :, None]  # (heads, N, 1, K)
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p)
+
+    heads = 1 if query.device.type == "cpu" else B * H
+    out = [attend(*parts) for parts in zip(*(x.split(heads) for x in (query, key, value, visible)))]
+    return torch.cat(out).unflatten(0, (B, H))
+
+
+# ------------------------------------------------------------------------------------------------
+# The six ways to thin out the text. Each takes key, value (B, H, length, D) and visible
+# (B, 1, length) without the globals, and returns what is left: (B, H, S, D) twice and (B, H, S),
+# where S = length / sparsity_factor. A key made of padding alone is not visible.
+
+
+def select(first_query, key, value, visible, block_size, chunk, factor, sparsity_type, pre_rounds):
+    """The sparse keys, their values and which of them are visible."""
+    B, H, _, _ = key.shape
+    if factor == 1:
+        return key, value, visible.expand(-1, H, -1)
+    if sparsity_type == "norm":
+        return take(key, value, visible, largest_norm(key, visible, chunk, factor))
+    if sparsity_type == "stride":
+        return take(key, value, visible, stride(key, factor))
+    if sparsity_type == "block_stride":
+        return take(key, value, visible, block_stride(key, block_size, factor))
+    if sparsity_type == "pooling":
+        return pooling(key, value, visible, factor)
+    if sparsity_type == "lsh" and chunk // factor > 1:
+        return lsh(key, value, visible, chunk, factor, pre_rounds)
+    return bos_pooling(first_query, key, value, visible, factor)
+
+
+def take(key, value, visible, index):
+    """The keys at `index` (B or 1, H, S), with their values and their share of the mask."""
+    B, H, _, D = key.shape
+    index = index.expand(B, H, -1)
+    rows = index[..., None].expand(-1, -1, -1, D)
+    return key.gather(2, rows), value.gather(2, rows), visible.expand(B, H, -1).gather(2, index)
+
+
+def largest_norm(key, visible, chunk, factor):
+    """norm: of each chunk, the keys of largest norm, 1 in `factor`: those that weigh most."""
+    norm = key.detach().norm(dim=-1).masked_fill(~visible, -1)  # (B, H, length)
+    index = norm.unflatten(2, (-1, chunk)).topk(chunk // factor, sorted=False).indices
+    first = torch.arange(0, key.shape[2], chunk, device=key.device)[:, None]
+    return (index + first).flatten(2)  # (B, H, S)
+
+
+def stride(key, factor):
+    """stride: every `factor`-th key, each head starting one further, so that heads share the work."""
+    _, H, length, _ = key.shape
+    index = torch.arange(0, length, factor, device=key.device)
+    return (index + torch.arange(H, device=key.device)[:, None] % factor)[None]  # (1, H, S)
+
+
+def block_stride(key, block_size, factor):
+    """block_stride: of each block one run of block_size // factor keys, the next run for each head."""
+    _, H, length, _ = key.shape
+    run = block_size // factor
+    head = torch.arange(H, device=key.device)[:, None, None]
+    index = (head * run + torch.arange(run, device=key.device)) % block_size
+    first = torch.arange(0, length, block_size, device=key.device)[:, None]
+    return (first + index).flatten(1)[None]  # (1, H, S)
+
+
+def pooling(key, value, visible, factor):
+    """pooling: the mean of every `factor` neighbours, padding left out."""
+    seen = visible.unflatten(2, (-1, factor))  # (B, 1, S, factor)
+    count = seen.sum(-1)[..., None]
+
+    def mean(x):
+        return (x.unflatten(2, (-1, factor)) * seen[..., None]).sum(3) / (count + 1e-6)
+
+    return (mean(key).to(key.dtype), mean(value).to(value.dtype),
+            seen.any(-1).expand(-1, key.shape[1], -1))
+
+
+def bos_pooling(first_query, key, value, visible, factor):
+    """bos_pooling: the mean of `factor` neighbours, weighted by what the text's first query sees."""
+    seen, D = visible.unflatten(2, (-1, factor)), key.shape[-1]
+    key, value = (x.unflatten(2, (-1, factor)) for x in (key, value))  # (B, H, S, factor, D)
+    score = torch.einsum("bhd,bhsfd->bhsf", first_query, key) / math.sqrt(D)
+    weight = score.masked_fill(~seen, torch.finfo(score.dtype).min).softmax(-1)
+    key, value = (torch.einsum("bhsf,bhsfd->bhsd", weight, x) for x in (key, value))
+    return key, value, seen.any(-1).expand(-1, key.shape[1], -1)
+
+
+def lsh(key, value, visible, chunk, factor, pre_rounds):
+    """lsh: of each chunk, the means of keys that fall into the same bucket of a random hash.
+
+    `pre_rounds` rounds into as many buckets as there are keys come first: they join what is nearly
+    equal, so that a frequent token does not outweigh the rest of its bucket in the last round.
+    """
+    dtype, H = key.dtype, key.shape[1]
+    count = visible.expand(-1, H, -1)[..., None].float()
+    parts = [(x * count).unflatten(2, (-1, chunk)) for x in (key, value, count)]  # (B,H,n,chunk,D)
+    for buckets in [chunk] * pre_rounds + [chunk // factor]:
+        parts = lsh_round(*parts, buckets)
+    key, value, count = (x.flatten(2, 3) for x in parts)  # sums so far
+    return ((key / (count + 1e-8)).to(dtype), (value / (count + 1e-8)).to(dtype), count[..., 0] > 0)
+
+
+def lsh_round(key, value, count, buckets):
+    """Sum up the keys of each bucket: the nearest of `buckets // 2` random directions, or opposite."""
+    B, H, n, chunk, D = key.shape
+    directions = torch.randn(1, H, 1, D, buckets // 2, device=key.device)
+    with torch.no_grad():
+        cosine = (F.normalize(key, dim=-1) * count.clamp(0, 1)) @ directions
+        bucket = torch.cat([cosine, -cosine], dim=-1).argmax(-1, keepdim=True)  # (B, H, n, chunk, 1)
+    return [x.new_zeros(B, H, n, buckets, x.shape[-1]).scatter_add(3, bucket.expand_as(x), x)
+            for x in (key, value, count)]
+
+
+SPARSITY_TYPES = "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none", None
+
+
+def check_options(block_size, sparse_block_size, sparsity_factor, sparsity_type,
+                  lsh_num_pre_rounds):
+    """Raise ValueError, naming the values and the remedy, where options do not fit together."""
+    if sparsity_type not in SPARSITY_TYPES:
+        raise ValueError(f"unknown sparsity_type {sparsity_type!r}: choose one of {SPARSITY_TYPES}")
+    if block_size < 1 or sparse_block_size < 0 or lsh_num_pre_rounds < 0:
+        raise ValueError(f"{block_size=}, {sparse_block_size=}, {lsh_num_pre_rounds=}: a block has "
+                         "at least one token, and nothing is negative")
+    if sparsity_factor > 0 and block_size % sparsity_factor:
+        raise ValueError(f"{block_size=} is not divisible by {sparsity_factor=}: "
+                         "choose a sparsity_factor that divides it")
+    chunk = min(block_size, sparse_block_size)
+    if sparsity_type in ("norm", "lsh") and chunk and sparsity_factor > 1 and (
+            block_size % chunk or chunk % sparsity_factor):
+        raise ValueError(
+            f"{sparsity_type} thins out chunks of min({block_size=}, {sparse_block_size=}) tokens, "
+            f"which must divide block_size and be divisible by {sparsity_factor=}")
+
+
+class LSGSelfAttention(nn.Module):
+    """Multi-head self-attention with LSG, under mBART's names; `options` as for `lsg_attention`."""
+
+    def __init__(self, embed_dim, num_heads, *, dropout=0.0, **options):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"{embed_dim=} is not divisible by {num_heads=}")
+        self.num_heads, self.dropout, self.options = num_heads, dropout, options
+        self.k_proj = nn.Linear(embed_dim, embed_dim)
+        self.v_proj = nn.Linear(embed_dim, embed_dim)
+        self.q_proj = nn.Linear(embed_dim, embed_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, hidden_states, attention_mask=None):
+        """hidden_states (B, T, embed_dim), the globals first; attention_mask (B, T)."""
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
+        context = lsg_attention(query, key, value, attention_mask, **self.options,
+                                dropout_p=self.dropout if self.training else 0.0)
+        return self.out_proj(context.transpose(1, 2).flatten(2))  # (B, T, embed_dim)

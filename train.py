@@ -1,0 +1,439 @@
+"""Train BARThez: fine-tune a checkpoint on pairs of document and summary, or pretrain a new one.
+
+    python train.py --model moussaKam/barthez --train pairs.jsonl --validation held-out.jsonl \\
+        --output my-model
+    python train.py --evaluate held-out.jsonl --model my-model
+
+Pairs are JSON lines {"document": …, "summary": …}. Pretraining reads {"document": …} and learns to
+restore it: its sentences are shuffled, and spans of it, of Poisson length 3, are each replaced by
+one <mask> (M. Lewis et al., "BART" (2019), arXiv:1910.13461, as BARThez was).
+
+Killed and started again with the same arguments, a run goes on from its last checkpoint to the
+result it would have had. On several GPUs or machines: torchrun --nproc-per-node 8 train.py …
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from barthez import BarthezConfig, BarthezForConditionalGeneration, init_weights
+from load_weights import load_model, read_json, save_model
+from tokenizer import BarthezTokenizer
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", help="the checkpoint to start from, or to evaluate: folder or Hub id")
+    parser.add_argument("--new", metavar="CONFIG", help="start from random weights and this config.json")
+    parser.add_argument("--tokenizer", metavar="FILE", help="with --new: a SentencePiece model")
+    parser.add_argument("--set", nargs="+", metavar="KEY=VALUE", default=[],
+                        help="override config keys, such as block_size=64 dropout=0.2")
+    parser.add_argument("--train", metavar="FILE", help="pairs to fine-tune on")
+    parser.add_argument("--pretrain", metavar="FILE", help="documents to pretrain on")
+    parser.add_argument("--validation", metavar="FILE", help="pairs (with --pretrain: documents)")
+    parser.add_argument("--evaluate", metavar="FILE", help="only print ROUGE on these pairs")
+    parser.add_argument("--output", metavar="FOLDER", help="where the best model is saved")
+    parser.add_argument("--steps", type=int, default=3000, help="updates of the weights")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="per forward pass, padded")
+    parser.add_argument("--accumulate", type=int, default=1, help="forward passes per update")
+    parser.add_argument("--max-source-length", type=int, help="default: the model's positions")
+    parser.add_argument("--max-target-length", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--warmup", type=int, default=200, help="steps up to the full rate")
+    parser.add_argument("--weight-decay", type=float, default=0.01)
+    parser.add_argument("--label-smoothing", type=float, default=0.1)
+    parser.add_argument("--only-global-embeddings", action="store_true",
+                        help="train nothing but the global tokens: cheap adaptation to LSG")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower")
+    parser.add_argument("--precision", choices=["bfloat16", "float32"],
+                        help="of the matrix products (default: bfloat16 where it is fast)")
+    parser.add_argument("--evaluate-every", type=int, default=500, metavar="STEPS")
+    parser.add_argument("--evaluate-on", type=int, default=200, metavar="N", help="validation pairs")
+    parser.add_argument("--num-beams", type=int, default=4, help="of the evaluation")
+    parser.add_argument("--longer-than", type=int, default=0, metavar="N",
+                        help="with --evaluate: only documents of more than N tokens")
+    parser.add_argument("--examples", type=int, default=0, metavar="N",
+                        help="with --evaluate: print N random summaries too")
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------------------------
+# The data
+
+
+class Pairs:
+    """Documents with their summaries, as ids."""
+
+    def __init__(self, path, tokenizer, max_source_length, max_target_length):
+        self.records = read_lines(path, "document", "summary")
+        self.sources = [tokenizer.encode(r["document"], max_length=max_source_length)
+                        for r in self.records]
+        self.targets = [tokenizer.encode(r["summary"], max_length=max_target_length)
+                        for r in self.records]
+        self.lengths = [len(s) + len(t) for s, t in zip(self.sources, self.targets)]
+
+    def pair(self, i, _):
+        return self.sources[i], self.targets[i]
+
+
+class Infilling:
+    """Pieces of documents, to be restored from what noise leaves of them."""
+
+    MASKED, SPAN = 0.3, 3.0  # share of tokens that are masked; mean length of a masked span
+
+    def __init__(self, path, tokenizer, max_source_length):
+        self.tokenizer, self.pieces = tokenizer, []  # a piece is a list of sentences, each of ids
+        room = max_source_length - 2
+        for record in read_lines(path, "document"):
+            piece, length = [], 0
+            for sentence in re.split(r"(?<=[.!?…;:])\s+|\n+", record["document"]):
+                ids = tokenizer.text_to_ids(sentence)[:room]
+                if length + len(ids) > room:
+                    self.pieces.append(piece)
+                    piece, length = [], 0
+                piece.append(ids)
+                length += len(ids)
+            self.pieces.append(piece)
+        self.pieces = [piece for piece in self.pieces if sum(map(len, piece)) >= 32]
+        self.lengths = [2 * sum(map(len, piece)) for piece in self.pieces]
+
+    def pair(self, i, rng):
+        bos, eos, mask = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id,
+                          self.tokenizer.mask_token_id)
+        sentences = self.pieces[i]
+        target = [id for sentence in sentences for id in sentence]
+        noisy = [id for sentence in rng.sample(sentences, len(sentences)) for id in sentence]
+        budget, spans = self.MASKED * len(noisy), []
+        while budget > 0:
+            spans.append(min(poisson(rng, self.SPAN), len(noisy)))
+            budget -= max(spans[-1], 1)
+        for span in spans:  # a span of 0 puts a <mask> where nothing is missing
+            start = rng.randrange(len(noisy) - span + 1)
+            noisy[start:start + span] = [mask]
+        return [bos, *noisy, eos], [bos, *target, eos]
+
+
+def poisson(rng, mean):
+    """Knuth's method: how many uniform factors until their product falls below exp(-mean)?"""
+    count, product = 0, rng.random()
+    while product > math.exp(-mean):
+        count, product = count + 1, product * rng.random()
+    return count
+
+
+def read_lines(path, *keys):
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                records.append(record)
+                if not all(isinstance(record[key], str) for key in keys):
+                    raise ValueError(f"{' and '.join(keys)} must be texts")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f'{path}, line {number}: {error!r}; expected {{"{keys[0]}": …}}')
+    if not records:
+        raise ValueError(f"{path} is empty")
+    return records
+
+
+def batches(lengths, batch_tokens, rng):
+    """Groups of indices of like length, at most batch_tokens padded tokens each, in random order."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i] * rng.uniform(0.95, 1.05))
+    groups, group, longest = [], [], 0
+    for i in order:
+        longest = max(longest, lengths[i])
+        if group and longest * (len(group) + 1) > batch_tokens:
+            groups.append(group)
+            group, longest = [], lengths[i]
+        group.append(i)
+    groups.append(group)
+    rng.shuffle(groups)
+    return groups
+
+
+def tensors(pairs, pad_token_id, device):
+    """What the model takes: pairs of ids -> input_ids, attention_mask, labels."""
+    def pad(rows, value):
+        length = max(map(len, rows))
+        return torch.tensor([row + [value] * (length - len(row)) for row in rows], device=device)
+
+    sources, targets = zip(*pairs)
+    input_ids = pad(sources, pad_token_id)
+    return {"input_ids": input_ids, "attention_mask": input_ids != pad_token_id,
+            "labels": pad(targets, -100)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def rouge(candidate, reference):
+    """(ROUGE-1, ROUGE-2, ROUGE-L) as F1 of two texts: C.-Y. Lin, "ROUGE" (2004).
+
+    Words are runs of letters and digits in lower case; nothing is stemmed.
+    >>> rouge("le chat dort", "le chat mange")
+    (0.666…, 0.5, 0.666…)
+    """
+    a, b = (re.findall(r"\w+", text.lower()) for text in (candidate, reference))
+
+    def f1(common, n):
+        return 2 * common / (len(a) + len(b) - 2 * (n - 1)) if common else 0.0
+
+    def ngrams(words, n):
+        return Counter(zip(*(words[i:] for i in range(n))))
+
+    longest = [0] * (len(b) + 1)  # of the common subsequences, row by row
+    for word in a:
+        before = longest[:]
+        for j, other in enumerate(b):
+            longest[j + 1] = before[j] + 1 if word == other else max(before[j + 1], longest[j])
+    return tuple(f1((ngrams(a, n) & ngrams(b, n)).total(), n) for n in (1, 2)) + (f1(longest[-1], 1),)
+
+
+def mean_rouge(candidates, references):
+    scores = [rouge(*texts) for texts in zip(candidates, references)]
+    return [sum(column) / len(scores) for column in zip(*scores)]
+
+
+def first_sentence(text):
+    """The baseline: what a document begins with."""
+    return re.split(r"(?<=[.!?])\s|\n", text.strip())[0]
+
+
+def summarize(model, tokenizer, data, batch_tokens=16384, **settings):
+    """The model's summaries of `data`, in its order."""
+    device, summaries = next(model.parameters()).device, {}
+    for group in batches([len(s) for s in data.sources], batch_tokens, random.Random(0)):
+        batch = tensors([data.pair(i, None) for i in group], tokenizer.pad_token_id, device)
+        ids = model.generate(batch["input_ids"], batch["attention_mask"], **settings)
+        summaries |= {i: tokenizer.decode(row) for i, row in zip(group, ids)}
+    return [summaries[i] for i in range(len(data.sources))]
+
+
+@torch.no_grad()
+def mean_loss(model, data, batch_tokens, tokenizer, autocast):
+    """Cross-entropy per target token, without label smoothing."""
+    device, rng, total, count = next(model.parameters()).device, random.Random(0), 0.0, 0
+    for group in batches(data.lengths, batch_tokens, rng):
+        batch = tensors([data.pair(i, rng) for i in group], tokenizer.pad_token_id, device)
+        with autocast():
+            loss = model(**batch).loss.item()
+        tokens = (batch["labels"] != -100).sum().item()
+        total, count = total + loss * tokens, count + tokens
+    return total / count
+
+
+def report(arguments, model, tokenizer):
+    """Print ROUGE of the model and of two baselines, for each "source" that the pairs tell apart."""
+    data = Pairs(arguments.evaluate, tokenizer, arguments.max_source_length, 512)
+    long = Pairs(arguments.evaluate, tokenizer, None, 512).sources
+    keep = [i for i, source in enumerate(long) if len(source) > arguments.longer_than]
+    data.sources, data.records = [data.sources[i] for i in keep], [data.records[i] for i in keep]
+    data.targets = [data.targets[i] for i in keep]
+    texts = {"model": summarize(model, tokenizer, data, num_beams=arguments.num_beams)}
+    texts["first sentence"] = [first_sentence(record["document"]) for record in data.records]
+    if arguments.train:
+        common = Counter(r["summary"] for r in read_lines(arguments.train, "summary"))
+        texts["most frequent"] = [common.most_common(1)[0][0]] * len(keep)
+    sources = [record.get("source", "all") for record in data.records]
+    for source in sorted(set(sources)):
+        print(f"{source}: {sources.count(source)} documents   ROUGE-1  ROUGE-2  ROUGE-L")
+        for name, candidates in texts.items():
+            chosen = [i for i, s in enumerate(sources) if s == source]
+            scores = mean_rouge([candidates[i] for i in chosen],
+                                [data.records[i]["summary"] for i in chosen])
+            print(f"  {name:24}" + "".join(f"{score:9.3f}" for score in scores))
+    for i in random.Random(arguments.seed).sample(range(len(keep)), arguments.examples):
+        record = data.records[i]
+        print(f"\n{record.get('name', i)}\n  document   {record['document'][:300]!r}\n"
+              f"  reference  {record['summary']}\n  model      {texts['model'][i]}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+def start_model(arguments):
+    """The model to train, and its tokenizer."""
+    overrides = {}
+    for setting in getattr(arguments, "set"):
+        key, _, value = setting.partition("=")
+        try:
+            overrides[key] = json.loads(value)
+        except ValueError:
+            overrides[key] = value
+    if not arguments.new:
+        return load_model(arguments.model, architecture="ForConditionalGeneration", **overrides)
+    tokenizer = BarthezTokenizer(arguments.tokenizer)
+    config = BarthezConfig.from_dict(
+        read_json(Path(arguments.new)) | {"vocab_size": len(tokenizer)} | overrides)
+    tokenizer.model_max_length = config.max_position_embeddings
+    torch.manual_seed(arguments.seed)
+    model = BarthezForConditionalGeneration(config)
+    init_weights(model, config.init_std)
+    return model, tokenizer
+
+
+def train(arguments, model, tokenizer, rank, world):
+    max_source = arguments.max_source_length
+    if arguments.pretrain:
+        data, held_out = (path and Infilling(path, tokenizer, max_source)
+                          for path in (arguments.pretrain, arguments.validation))
+    else:
+        data, held_out = (path and Pairs(path, tokenizer, max_source, arguments.max_target_length)
+                          for path in (arguments.train, arguments.validation))
+    device = next(model.parameters()).device
+    model.model.encoder.gradient_checkpointing = arguments.gradient_checkpointing
+    model.model.decoder.gradient_checkpointing = arguments.gradient_checkpointing
+    if arguments.only_global_embeddings:
+        model.requires_grad_(False)
+        model.model.encoder.global_embeddings.requires_grad_(True)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, arguments.learning_rate, betas=(0.9, 0.98),
+                                  weight_decay=arguments.weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / arguments.warmup, 1 - step / arguments.steps))
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, arguments.precision == "bfloat16")
+
+    # Everything that the run's future depends on; dropout and noise follow from seed and step.
+    state = {"step": 0, "epoch": 0, "position": 0, "best": -math.inf}
+    output = Path(arguments.output)
+    saved = output / "checkpoint.pt"
+    if saved.exists():
+        checkpoint = torch.load(saved, map_location=device, weights_only=True)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        schedule.load_state_dict(checkpoint["schedule"])
+        state = checkpoint["state"]
+        say(rank, f"going on from step {state['step']} of {arguments.steps}")
+
+    def groups():  # without end; an epoch's last few that do not make a whole update are left out
+        while True:
+            epoch = batches(data.lengths, arguments.batch_tokens,
+                            random.Random(f"{arguments.seed} {state['epoch']}"))
+            size = arguments.accumulate * world
+            if len(epoch) < size:
+                raise ValueError(f"{len(epoch)} batches are too few for {size} an update: "
+                                 "lower --batch-tokens or --accumulate")
+            while state["position"] + size <= len(epoch):
+                state["position"] += size
+                yield epoch[state["position"] - size + rank:state["position"]:world]
+            state["epoch"], state["position"] = state["epoch"] + 1, 0
+
+    model.train()
+    began, tokens_seen, running = time.time(), 0, None
+    for update in groups():
+        if state["step"] == arguments.steps:
+            break
+        step = state["step"]
+        torch.manual_seed(hash((arguments.seed, step, rank)))
+        rng = random.Random(f"{arguments.seed} {step} {rank}")
+        micro_batches = [tensors([data.pair(i, rng) for i in group], tokenizer.pad_token_id, device)
+                         for group in update]
+        count = torch.stack([(b["labels"] != -100).sum() for b in micro_batches]).sum()
+        if world > 1:
+            dist.all_reduce(count)
+        total = 0.0
+        for batch in micro_batches:
+            with autocast():
+                labels = batch["labels"]
+                logits = model(**batch).logits
+                loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum",
+                                       label_smoothing=arguments.label_smoothing) / count
+            loss.backward()
+            total += loss.item()
+            tokens_seen += batch["input_ids"].numel() + labels.numel()
+        if world > 1:
+            for p in weights:
+                dist.all_reduce(p.grad)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        state["step"] += 1
+
+        running = total if running is None else 0.98 * running + 0.02 * total
+        if state["step"] % 20 == 0:
+            rate = tokens_seen / (time.time() - began)
+            say(rank, f"step {state['step']}/{arguments.steps}  epoch {state['epoch']}  "
+                f"loss {running:.3f}  {rate:,.0f} tokens/s", progress=state["step"] % 20)
+        if state["step"] % arguments.evaluate_every == 0 or state["step"] == arguments.steps:
+            if rank == 0:
+                score = evaluate(arguments, model, tokenizer, held_out, autocast, state["step"])
+                if score >= state["best"]:
+                    state["best"] = score
+                    save_model(model, tokenizer, output)
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                            "schedule": schedule.state_dict(), "state": state}, f"{saved}.incomplete")
+                os.replace(f"{saved}.incomplete", saved)
+            if world > 1:
+                dist.barrier()
+
+
+def evaluate(arguments, model, tokenizer, held_out, autocast, step):
+    """A score for the model as it is, the higher the better; without held-out pairs, the step."""
+    if not held_out:
+        return step
+    model.eval()
+    loss = mean_loss(model, held_out, arguments.batch_tokens, tokenizer, autocast)
+    line, score = f"step {step}: validation loss {loss:.3f}", -loss
+    if not arguments.pretrain:
+        few = Pairs.__new__(Pairs)
+        chosen = random.Random(0).sample(range(len(held_out.sources)),
+                                         min(arguments.evaluate_on, len(held_out.sources)))
+        few.sources = [held_out.sources[i] for i in chosen]
+        few.targets = [held_out.targets[i] for i in chosen]
+        with autocast():
+            candidates = summarize(model, tokenizer, few, num_beams=arguments.num_beams)
+        scores = mean_rouge(candidates, [held_out.records[i]["summary"] for i in chosen])
+        line += "  ROUGE-1 {:.3f}  ROUGE-2 {:.3f}  ROUGE-L {:.3f}".format(*scores)
+        line += f"\n    {candidates[0]!r}\n    {candidates[1]!r}"
+        score = scores[2]
+    say(0, line)
+    model.train()
+    return score
+
+
+def say(rank, line, progress=False):
+    """A line for the first process; one that is only progress is overwritten by the next."""
+    if rank == 0 and (not progress or sys.stderr.isatty()):
+        print(f"\r{line:<72}", end="" if progress else "\n", file=sys.stderr, flush=True)
+
+
+def main():
+    arguments = parse_arguments()
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0),
+                                                                            ("WORLD_SIZE", 1)))
+    cuda = torch.cuda.is_available()
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
+    model, tokenizer = start_model(arguments)
+    model.to(device)
+    arguments.max_source_length = arguments.max_source_length or tokenizer.model_max_length
+    if arguments.precision is None:
+        fast = torch.cuda.is_bf16_supported() if cuda else torch.backends.mkldnn.is_available()
+        arguments.precision = "bfloat16" if fast else "float32"
+    if arguments.evaluate:
+        report(arguments, model, tokenizer)
+    else:
+        train(arguments, model, tokenizer, rank, world)
+
+
+if __name__ == "__main__":
+    main()
