@@ -713,3 +713,111 @@ class Hypotheses:
             for ids, log_prob in zip(tokens, scores):
                 self.add(ids, log_prob, length=len(ids) - 1)
         return max(reversed(self.kept), key=lambda kept: kept[0])[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+
+DEFAULT_MODELS = {"summarize": "moussaKam/barthez-orangesum-abstract", "fill_mask": "moussaKam/barthez",
+                  "classify": "moussaKam/barthez-sentiment-classification"}
+
+
+def read_text(name):
+    """The text of a file, or of standard input for -."""
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else open(name, "rb").read()
+    except OSError as error:
+        raise OSError(f"{name} cannot be read: {error.strerror}") from None
+    if b"\0" in data:
+        raise ValueError(f"{name} is not a text file")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 (byte {error.start}): convert it, for example with "
+                         f"iconv -f latin1 -t utf-8") from None
+    if not text.strip():
+        raise ValueError(f"{name} is empty")
+    return text
+
+
+def load(arguments, task):
+    """The model and tokenizer that the command line asks for."""
+    from load_weights import load_model
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    overrides = {name: given[name] for name in (f.name for f in fields(BarthezConfig)) if name in given}
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    options = dict(revision=arguments.revision, lsg=not arguments.dense, device=device,
+                   dtype=getattr(torch, arguments.dtype))
+    source = arguments.model or DEFAULT_MODELS[task]
+    try:
+        model, tokenizer = load_model(source, **options, **overrides)
+    except OSError as error:
+        if arguments.model or task != "summarize":
+            raise
+        print(f"{source} is neither cached nor reachable ({error}). The bundled model stands in, which "
+              "knows descriptions of software and manual pages, and little else.", file=sys.stderr)
+        source = "tiny"
+        model, tokenizer = load_model(source, **options, **overrides)
+    if (arguments.max_source_length or 0) > tokenizer.model_max_length:
+        overrides["max_position_embeddings"] = arguments.max_source_length
+        model, tokenizer = load_model(source, **options, **overrides)
+    return model, tokenizer
+
+
+def summarize(model, tokenizer, name, text, max_source_length=None):
+    """The summary of a text; `name` is what a notice calls it."""
+    limit = min(max_source_length or tokenizer.model_max_length, tokenizer.model_max_length)
+    ids = tokenizer.encode(text)
+    if len(ids) > limit:
+        print(f"{name}: {len(ids):,} tokens, of which the first {limit:,} are read; "
+              f"--max-source-length {len(ids)} reads all", file=sys.stderr)
+        ids = tokenizer.encode(text, max_length=limit)
+
+    def progress(step, steps):
+        print(f"\r{name}: {len(ids):,} tokens read, {step} of up to {steps} written", end="",
+              file=sys.stderr, flush=True)
+
+    out = model.generate(torch.tensor([ids], device=model.lm_head.weight.device),
+                         max_length=model.config.max_length or 128,
+                         progress=progress if sys.stderr.isatty() else None)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    return tokenizer.decode(out[0])
+
+
+def main(arguments):
+    task = "classify" if arguments.classify else "fill_mask" if arguments.fill_mask else "summarize"
+    if task == "summarize":
+        texts = [(name, read_text(name)) for name in arguments.summarize]
+        model, tokenizer = load(arguments, task)
+        for name, text in texts:
+            print(summarize(model, tokenizer, name, text, arguments.max_source_length), flush=True)
+        return
+
+    model, tokenizer = load(arguments, task)
+    batch = tokenizer(getattr(arguments, task), truncation=True)
+    batch = {name: tensor.to(model.model.shared.weight.device) for name, tensor in batch.items()}
+    with torch.inference_mode():
+        logits = model(**batch).logits
+    if task == "classify":
+        probability, label = logits[0].softmax(-1).max(-1)
+        print(f"{model.config.id2label[label.item()]} {probability:.3f}")
+        return
+    masks = (batch["input_ids"][0] == tokenizer.mask_token_id).nonzero()
+    if not len(masks):
+        raise ValueError("--fill-mask needs a <mask> in its text")
+    for place in masks[:, 0]:
+        for probability, id in zip(*logits[0, place].softmax(-1).topk(5)):
+            print(f"{probability:.3f} {tokenizer.decode([id])}")
+
+
+if __name__ == "__main__":
+    try:
+        main(arguments)
+    except (ValueError, OSError) as error:
+        print(f"barthez.py: {error}", file=sys.stderr)
+        sys.exit(2)
