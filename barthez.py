@@ -48,8 +48,8 @@ def parse_arguments():
     beams.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="0 allows repeats")
 
     lsg = parser.add_argument_group("LSG attention (default: as the checkpoint's config says)")
-    lsg.add_argument("--sparsity-type", metavar="TYPE", choices=[
-        "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none"], help="%(choices)s")
+    lsg.add_argument("--sparsity-type", metavar="TYPE", help="%(choices)s", choices=[
+        "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none"])
     for name in ("block-size", "sparse-block-size", "sparsity-factor", "num-global-tokens",
                  "lsh-num-pre-rounds"):
         lsg.add_argument(f"--{name}", type=int, metavar="N")
@@ -61,19 +61,22 @@ def parse_arguments():
 if __name__ == "__main__":
     arguments = parse_arguments()
 
-import math  # noqa: E402
-from dataclasses import dataclass, field, fields, replace  # noqa: E402
-from functools import partial  # noqa: E402
+import math
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from lsg import LSGSelfAttention, check_options  # noqa: E402
+from lsg import LSGSelfAttention, check_options
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
                "gelu_new": partial(F.gelu, approximate="tanh")}
+ALIASES = {  # other names under which the model card and transformers know keys of config.json
+    "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads",
+    "attention_probs_dropout_prob": "attention_dropout", "lsg_num_pre_rounds": "lsh_num_pre_rounds"}
 NUM_GLOBAL_EMBEDDINGS = 512  # rows of the published table, of which num_global_tokens are used
 
 
@@ -120,7 +123,7 @@ class BarthezConfig:
 
     # Classification
     id2label: dict = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
-    problem_type: str | None = None  # regression, single_ or multi_label_classification; None: guess
+    problem_type: str | None = None  # regression, {single,multi}_label_classification; None: guess
 
     # Generation
     bos_token_id: int = 0
@@ -157,15 +160,10 @@ class BarthezConfig:
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(f"early_stopping={self.early_stopping!r}: True, False or 'never'")
 
-    ALIASES = {  # other names under which the model card and transformers know these keys
-        "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads",
-        "attention_probs_dropout_prob": "attention_dropout",
-        "lsg_num_pre_rounds": "lsh_num_pre_rounds"}
-
     @classmethod
     def from_dict(cls, settings):
         """Read the contents of a config.json; unknown keys are ignored, missing sizes an error."""
-        settings = {cls.ALIASES.get(key, key): value for key, value in settings.items()}
+        settings = {ALIASES.get(key, key): value for key, value in settings.items()}
         if settings.get("id2label"):
             settings["id2label"] = {int(k): label for k, label in settings["id2label"].items()}
         labels = settings.get("num_labels", len(settings.get("id2label") or "ab"))
@@ -337,16 +335,16 @@ class Stack(nn.Module):
 
 class Encoder(Stack):
     def __init__(self, config, shared):
-        super().__init__(config, shared, [EncoderLayer(config) for _ in range(config.encoder_layers)],
-                         config.encoder_layerdrop)
+        layers = [EncoderLayer(config) for _ in range(config.encoder_layers)]
+        super().__init__(config, shared, layers, config.encoder_layerdrop)
         if config.lsg:
             self.global_embeddings = nn.Embedding(NUM_GLOBAL_EMBEDDINGS, config.d_model)
 
     def forward(self, input_ids, attention_mask=None):
         """input_ids (B, length), attention_mask (B, length), nonzero where not padding.
 
-        Returns the states (B, S, E) and the mask (B, S) that the decoder is to attend with; S counts
-        the globals, which come first, if they are passed on.
+        Returns the states (B, S, E) and the mask (B, S) that the decoder is to attend with. The
+        globals come first, if they are passed on.
         """
         config = self.config
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
@@ -374,8 +372,8 @@ class Encoder(Stack):
 
 class Decoder(Stack):
     def __init__(self, config, shared):
-        super().__init__(config, shared, [DecoderLayer(config) for _ in range(config.decoder_layers)],
-                         config.decoder_layerdrop)
+        layers = [DecoderLayer(config) for _ in range(config.decoder_layers)]
+        super().__init__(config, shared, layers, config.decoder_layerdrop)
 
     def read(self, states):
         """The cross-attention's keys and values of an encoded document, for each layer."""
@@ -459,7 +457,8 @@ class BarthezForSequenceClassification(nn.Module):
         out = self.model(input_ids, attention_mask, decoder_input_ids)
         is_eos = input_ids == self.config.eos_token_id
         if not is_eos.any(1).all():
-            raise ValueError(f"a text without </s> (id {self.config.eos_token_id}) cannot be classified")
+            raise ValueError("a text without </s> cannot be classified: let it end in "
+                             f"eos_token_id={self.config.eos_token_id}")
         last = is_eos.cumsum(1).argmax(1)  # the first place where the count is full
         x = out.last_hidden_state[torch.arange(len(last)), last]  # (B, E)
         for layer in self.classification_head.values():
@@ -718,7 +717,8 @@ class Hypotheses:
 # ------------------------------------------------------------------------------------------------
 # The command line
 
-DEFAULT_MODELS = {"summarize": "moussaKam/barthez-orangesum-abstract", "fill_mask": "moussaKam/barthez",
+DEFAULT_MODELS = {"summarize": "moussaKam/barthez-orangesum-abstract",
+                  "fill_mask": "moussaKam/barthez",
                   "classify": "moussaKam/barthez-sentiment-classification"}
 
 
@@ -743,8 +743,8 @@ def read_text(name):
 def load(arguments, task):
     """The model and tokenizer that the command line asks for."""
     from load_weights import load_model
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    overrides = {name: given[name] for name in (f.name for f in fields(BarthezConfig)) if name in given}
+    overrides = {f.name: value for f in fields(BarthezConfig)
+                 if (value := getattr(arguments, f.name, None)) is not None}
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -758,8 +758,9 @@ def load(arguments, task):
     except OSError as error:
         if arguments.model or task != "summarize":
             raise
-        print(f"{source} is neither cached nor reachable ({error}). The bundled model stands in, which "
-              "knows descriptions of software and manual pages, and little else.", file=sys.stderr)
+        print(f"{source} is neither cached nor reachable ({error}). The bundled model stands in; "
+              "it knows descriptions of software and manual pages, and little else.",
+              file=sys.stderr)
         source = "tiny"
         model, tokenizer = load_model(source, **options, **overrides)
     if (arguments.max_source_length or 0) > tokenizer.model_max_length:

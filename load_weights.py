@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import barthez
-from barthez import BarthezConfig, init_weights
+from barthez import ALIASES, BarthezConfig, init_weights
 from tokenizer import BarthezTokenizer
 
 TINY = Path(__file__).parent / "tiny"  # the bundled model
@@ -34,6 +34,11 @@ ARCHITECTURES = {  # what a published class name ends in -> our class
     "ForCausalLM": barthez.BarthezForCausalLM}
 GLOBALS = "model.encoder.global_embeddings.weight"
 POSITIONS = "model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"
+CONVERSIONS = {  # safetensors that were proposed to a model whose main branch has none
+    "moussaKam/barthez": "42bea5aeff64b65241007086b895e6fd17ab6204",
+    "moussaKam/barthez-orangesum-abstract": "d297ebaa84d61a069a0cd6922271c4a47ba2554e",
+    "moussaKam/barthez-sentiment-classification": "refs/pr/1",
+    "moussaKam/mbarthez": "7a86236775ed8eaab6eefc9a90a309c4831fae13"}
 # One matrix under four names: a file may hold it under any of them, or copies under several.
 EMBEDDINGS = ("model.shared.weight", "model.encoder.embed_tokens.weight",
               "model.decoder.embed_tokens.weight", "lm_head.weight")
@@ -55,6 +60,10 @@ def load_model(source, *, revision=None, architecture=None, device=None, dtype=N
     Raises ValueError or OSError with what is wrong and what to do.
     """
     settings, tensors, tokenizer = read_checkpoint(source, revision)
+    overrides = {ALIASES.get(key, key): value for key, value in overrides.items()}
+    unknown = overrides.keys() - {field.name for field in fields(BarthezConfig)} - {"num_labels"}
+    if unknown:
+        raise ValueError(f"no key of config.json: {', '.join(sorted(unknown))}")
     positions = overrides.get("max_position_embeddings")
     if lsg and GLOBALS not in tensors and POSITIONS[0] in tensors:
         convert_to_lsg(settings, tensors, tokenizer, positions or 4096)
@@ -96,9 +105,46 @@ def find_files(source, revision):
             files["weights"] = files[name]
     missing = {"config.json", "weights", "sentencepiece.bpe.model"} - files.keys()
     if missing:
-        raise FileNotFoundError(f"{folder} is not a checkpoint: it lacks {', '.join(sorted(missing))}"
-                                " (weights are model.safetensors or pytorch_model.bin)")
+        raise FileNotFoundError(f"{folder} is no checkpoint: it lacks {', '.join(sorted(missing))} "
+                                "(weights are model.safetensors or pytorch_model.bin)")
     return files
+
+
+def hub_files(repo_id, revision):
+    """The files of a model on the Hub, in its cache, as `find_files` has them.
+
+    A model that is in the cache is used as it is where the Hub cannot be asked for a newer one.
+    """
+    branch = revision or "main"
+    weights = [(branch, "model.safetensors"), (branch, "pytorch_model.bin")]
+    if revision is None and repo_id in CONVERSIONS:
+        weights.insert(1, (CONVERSIONS[repo_id], "model.safetensors"))
+
+    def first_of(places, find):  # the first that the Hub or the cache has
+        for revision, name in places:
+            with contextlib.suppress(EntryNotFoundError):
+                if path := find(repo_id, name, revision):
+                    return path
+        raise EntryNotFoundError(f"{repo_id} ({branch}) has none of the files "
+                                 + ", ".join(name for _, name in places))
+
+    def find_all(find):
+        files = {name: first_of([(branch, name)], find)
+                 for name in ("config.json", "sentencepiece.bpe.model")}
+        files["weights"] = first_of(weights, find)
+        with contextlib.suppress(EntryNotFoundError):  # few models have one
+            files["generation_config.json"] = first_of([(branch, "generation_config.json")], find)
+        return files
+
+    try:
+        in_cache = find_all(cached)
+    except EntryNotFoundError:
+        return find_all(download)
+    try:
+        return find_all(functools.partial(download, tries=1))
+    except ConnectionError as error:
+        say(f"{error} Using {repo_id} from the cache.")
+        return in_cache
 
 
 def read_json(path):
@@ -263,3 +309,42 @@ def save_model(model, tokenizer, folder):
     target = folder / "sentencepiece.bpe.model"
     if tokenizer.model_file.resolve() != target.resolve():
         shutil.copyfile(tokenizer.model_file, target)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Convert BARThez to LSG, or lengthen an LSG model, and save it as a folder.")
+    parser.add_argument("source", help="folder or Hub id")
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    parser.add_argument("--revision", help="branch, tag, commit or refs/pr/N on the Hub")
+    parser.add_argument("--architecture", help=f"one of {', '.join(ARCHITECTURES)}")
+    parser.add_argument("--max-position-embeddings", type=int, default=4096, metavar="N")
+    parser.add_argument("--global-positional-stride", type=int, default=64, metavar="N",
+                        help="how many positions apart consecutive global tokens stand")
+    parser.add_argument("--random-global-init", action="store_true",
+                        help="draw the global tokens from the distribution of the words")
+    parser.add_argument("--keep-first-global", action="store_true",
+                        help="of an LSG model, keep the first global token")
+    parser.add_argument("--resize-lsg", action="store_true",
+                        help="of an LSG model, keep all global tokens: only change its length")
+    parser.add_argument("--seed", type=int, default=123)
+    for key in LSG_KEYS:
+        parser.add_argument("--" + key.replace("_", "-"), type=json.loads if key != "sparsity_type"
+                            else str, help="LSG parameter, kept in config.json")
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
+    settings, tensors, tokenizer = read_checkpoint(arguments.source, arguments.revision)
+    convert_to_lsg(settings, tensors, tokenizer, arguments.max_position_embeddings,
+                   stride=arguments.global_positional_stride, resize_lsg=arguments.resize_lsg,
+                   random_global_init=arguments.random_global_init,
+                   keep_first_global=arguments.keep_first_global)
+    settings |= {key: value for key in LSG_KEYS if (value := getattr(arguments, key)) is not None}
+    save_model(build_model(settings, tensors, arguments.architecture), tokenizer, arguments.output)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"load_weights.py: {error}", file=sys.stderr)
+        sys.exit(2)

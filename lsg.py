@@ -22,7 +22,9 @@ Letters in the comments on shapes:
     K keys that one block of queries sees
 """
 
+import argparse
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -157,16 +159,18 @@ def select(first_query, key, value, visible, block_size, chunk, factor, sparsity
 
 def take(key, value, visible, index):
     """The keys at `index` (B or 1, H, S), with their values and their share of the mask."""
-    B, H, _, D = key.shape
+    B, H, _, _ = key.shape
     index = index.expand(B, H, -1)
-    rows = index[..., None].expand(-1, -1, -1, D)
-    return key.gather(2, rows), value.gather(2, rows), visible.expand(B, H, -1).gather(2, index)
+    key, value = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+                  for x in (key, value))
+    return key, value, visible.expand(-1, H, -1).gather(2, index)
 
 
 def largest_norm(key, visible, chunk, factor):
     """norm: of each chunk, the keys of largest norm, 1 in `factor`: those that weigh most."""
     norm = key.detach().norm(dim=-1).masked_fill(~visible, -1)  # (B, H, length)
-    index = norm.unflatten(2, (-1, chunk)).topk(chunk // factor, sorted=False).indices
+    # from short to long, which matters where a window of sparse keys ends within a chunk
+    index = norm.unflatten(2, (-1, chunk)).topk(chunk // factor).indices.flip(-1)
     first = torch.arange(0, key.shape[2], chunk, device=key.device)[:, None]
     return (index + first).flatten(2)  # (B, H, S)
 
@@ -279,3 +283,68 @@ class LSGSelfAttention(nn.Module):
         context = lsg_attention(query, key, value, attention_mask, **self.options,
                                 dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(context.transpose(1, 2).flatten(2))  # (B, T, embed_dim)
+
+
+# ------------------------------------------------------------------------------------------------
+# Who sees whom? `python lsg.py` draws it.
+
+
+def who_sees_whom(length, **options):
+    """Rows of queries and columns of keys, as `lsg_attention` itself has it: "." is a key that is
+    not seen, "g" global, "l" local, and sparse is "S" or, where it counts less than average, "s".
+
+    With the identity for values, what attention returns is its weights.
+    """
+    G, block_size = options["num_global_tokens"], options["block_size"]
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 1, G + length, 16)  # one text, one head
+    weights = lsg_attention(query, key, torch.eye(G + length)[None, None], **options)[0, 0]
+
+    block = (torch.arange(G + length) - G).div(block_size, rounding_mode="floor")
+    kind = 2 * ((block[:, None] - block).abs() <= 1)
+    kind[:G], kind[:, :G] = 1, 1
+    sparse = (kind == 0) & (weights > 0)
+    average = (weights * sparse).sum(1, keepdim=True) / sparse.sum(1, keepdim=True)
+    kind[sparse] = torch.where(weights < average, 3, 4)[sparse]
+    return ["".join(".glsS"[k] for k in row) for row in kind.tolist()]
+
+
+def svg(pictures):
+    """Pictures, {title: rows of characters}, side by side as an SVG."""
+    colours = {"g": "#d08700", "l": "#2f6f9f", "s": "#e8a59d", "S": "#c0392b"}
+    size = len(next(iter(pictures.values())))
+    step, parts = size + 6, []
+    for i, (title, rows) in enumerate(pictures.items()):
+        parts.append(f'<text x="{i * step}" y="-3" font-size="8" font-family="sans-serif">{title}</text>'
+                     f'<path d="M{i * step} 0h{size}v{size}h-{size}z" fill="#f2f2f2"/>')
+        for kind, colour in colours.items():
+            runs = [f"M{i * step + run.start()} {y + 0.5}h{run.end() - run.start()}"
+                    for y, row in enumerate(rows) for run in re.finditer(f"{kind}+", row)]
+            parts.append(f'<path d="{"".join(runs)}" stroke="{colour}"/>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-2 -12 {step * len(pictures)} '
+            f'{size + 14}">\n' + "\n".join(parts) + "\n</svg>\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw which keys (across) each query (down) sees.")
+    parser.add_argument("--length", type=int, default=64, help="of the text, without the globals")
+    parser.add_argument("--block-size", type=int, default=8)
+    parser.add_argument("--sparse-block-size", type=int, default=8)
+    parser.add_argument("--sparsity-factor", type=int, default=4)
+    parser.add_argument("--num-global-tokens", type=int, default=1)
+    parser.add_argument("--sparsity-type", choices=SPARSITY_TYPES[:-1], help="default: all six")
+    parser.add_argument("--svg", metavar="FILE", help="draw there instead of in the terminal")
+    options = vars(parser.parse_args())
+    file, chosen = options.pop("svg"), options.pop("sparsity_type")
+    pictures = {kind: who_sees_whom(**options, sparsity_type=kind)
+                for kind in ([chosen] if chosen else SPARSITY_TYPES[:6])}
+    if file:
+        with open(file, "w", encoding="utf-8") as out:
+            out.write(svg(pictures))
+    else:
+        for kind, rows in pictures.items():
+            print(f"\n{kind}", *rows, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -47,7 +47,8 @@ def parse_arguments():
     parser.add_argument("--steps", type=int, default=3000, help="updates of the weights")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="per forward pass, padded")
     parser.add_argument("--accumulate", type=int, default=1, help="forward passes per update")
-    parser.add_argument("--max-source-length", type=int, help="default: the model's positions")
+    parser.add_argument("--max-source-length", type=int, metavar="N",
+                        help="in tokens (default: the model's positions)")
     parser.add_argument("--max-target-length", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--warmup", type=int, default=200, help="steps up to the full rate")
@@ -59,7 +60,7 @@ def parse_arguments():
     parser.add_argument("--precision", choices=["bfloat16", "float32"],
                         help="of the matrix products (default: bfloat16 where it is fast)")
     parser.add_argument("--evaluate-every", type=int, default=500, metavar="STEPS")
-    parser.add_argument("--evaluate-on", type=int, default=200, metavar="N", help="validation pairs")
+    parser.add_argument("--evaluate-on", type=int, default=200, metavar="N", help="validation records")
     parser.add_argument("--num-beams", type=int, default=4, help="of the evaluation")
     parser.add_argument("--longer-than", type=int, default=0, metavar="N",
                         help="with --evaluate: only documents of more than N tokens")
@@ -76,12 +77,12 @@ def parse_arguments():
 class Pairs:
     """Documents with their summaries, as ids."""
 
-    def __init__(self, path, tokenizer, max_source_length, max_target_length):
-        self.records = read_lines(path, "document", "summary")
-        self.sources = [tokenizer.encode(r["document"], max_length=max_source_length)
-                        for r in self.records]
-        self.targets = [tokenizer.encode(r["summary"], max_length=max_target_length)
-                        for r in self.records]
+    def __init__(self, records, tokenizer, max_source_length, max_target_length):
+        self.sources = [tokenizer.encode(record["document"], max_length=max_source_length)
+                        for record in records]
+        self.summaries = [record["summary"] for record in records]
+        self.targets = [tokenizer.encode(summary, max_length=max_target_length)
+                        for summary in self.summaries]
         self.lengths = [len(s) + len(t) for s, t in zip(self.sources, self.targets)]
 
     def pair(self, i, _):
@@ -93,10 +94,10 @@ class Infilling:
 
     MASKED, SPAN = 0.3, 3.0  # share of tokens that are masked; mean length of a masked span
 
-    def __init__(self, path, tokenizer, max_source_length):
+    def __init__(self, records, tokenizer, max_source_length):
         self.tokenizer, self.pieces = tokenizer, []  # a piece is a list of sentences, each of ids
         room = max_source_length - 2
-        for record in read_lines(path, "document"):
+        for record in records:
             piece, length = [], 0
             for sentence in re.split(r"(?<=[.!?…;:])\s+|\n+", record["document"]):
                 ids = tokenizer.text_to_ids(sentence)[:room]
@@ -238,26 +239,24 @@ def mean_loss(model, data, batch_tokens, tokenizer, autocast):
 
 def report(arguments, model, tokenizer):
     """Print ROUGE of the model and of two baselines, for each "source" that the pairs tell apart."""
-    data = Pairs(arguments.evaluate, tokenizer, arguments.max_source_length, 512)
-    long = Pairs(arguments.evaluate, tokenizer, None, 512).sources
-    keep = [i for i, source in enumerate(long) if len(source) > arguments.longer_than]
-    data.sources, data.records = [data.sources[i] for i in keep], [data.records[i] for i in keep]
-    data.targets = [data.targets[i] for i in keep]
+    records = [record for record in read_lines(arguments.evaluate, "document", "summary")
+               if not arguments.longer_than
+               or len(tokenizer.encode(record["document"])) > arguments.longer_than]
+    data = Pairs(records, tokenizer, arguments.max_source_length, arguments.max_target_length)
     texts = {"model": summarize(model, tokenizer, data, num_beams=arguments.num_beams)}
-    texts["first sentence"] = [first_sentence(record["document"]) for record in data.records]
+    texts["first sentence"] = [first_sentence(record["document"]) for record in records]
     if arguments.train:
-        common = Counter(r["summary"] for r in read_lines(arguments.train, "summary"))
-        texts["most frequent"] = [common.most_common(1)[0][0]] * len(keep)
-    sources = [record.get("source", "all") for record in data.records]
+        common = Counter(record["summary"] for record in read_lines(arguments.train, "summary"))
+        texts["most frequent"] = [common.most_common(1)[0][0]] * len(records)
+    sources = [record.get("source", "all") for record in records]
     for source in sorted(set(sources)):
         print(f"{source}: {sources.count(source)} documents   ROUGE-1  ROUGE-2  ROUGE-L")
         for name, candidates in texts.items():
             chosen = [i for i, s in enumerate(sources) if s == source]
-            scores = mean_rouge([candidates[i] for i in chosen],
-                                [data.records[i]["summary"] for i in chosen])
+            scores = mean_rouge([candidates[i] for i in chosen], [data.summaries[i] for i in chosen])
             print(f"  {name:24}" + "".join(f"{score:9.3f}" for score in scores))
-    for i in random.Random(arguments.seed).sample(range(len(keep)), arguments.examples):
-        record = data.records[i]
+    for i in random.Random(arguments.seed).sample(range(len(records)), arguments.examples):
+        record = records[i]
         print(f"\n{record.get('name', i)}\n  document   {record['document'][:300]!r}\n"
               f"  reference  {record['summary']}\n  model      {texts['model'][i]}")
 
@@ -288,13 +287,17 @@ def start_model(arguments):
 
 
 def train(arguments, model, tokenizer, rank, world):
-    max_source = arguments.max_source_length
+    sizes = [tokenizer, arguments.max_source_length]
     if arguments.pretrain:
-        data, held_out = (path and Infilling(path, tokenizer, max_source)
-                          for path in (arguments.pretrain, arguments.validation))
+        data = Infilling(read_lines(arguments.pretrain, "document"), *sizes)
     else:
-        data, held_out = (path and Pairs(path, tokenizer, max_source, arguments.max_target_length)
-                          for path in (arguments.train, arguments.validation))
+        sizes.append(arguments.max_target_length)
+        data = Pairs(read_lines(arguments.train, "document", "summary"), *sizes)
+    held_out = None
+    if arguments.validation:
+        records = read_lines(arguments.validation, *["document", "summary"][:len(sizes) - 1])
+        few = random.Random(0).sample(records, min(arguments.evaluate_on, len(records)))
+        held_out = type(data)(few, *sizes)
     device = next(model.parameters()).device
     model.model.encoder.gradient_checkpointing = arguments.gradient_checkpointing
     model.model.decoder.gradient_checkpointing = arguments.gradient_checkpointing
@@ -393,14 +396,9 @@ def evaluate(arguments, model, tokenizer, held_out, autocast, step):
     loss = mean_loss(model, held_out, arguments.batch_tokens, tokenizer, autocast)
     line, score = f"step {step}: validation loss {loss:.3f}", -loss
     if not arguments.pretrain:
-        few = Pairs.__new__(Pairs)
-        chosen = random.Random(0).sample(range(len(held_out.sources)),
-                                         min(arguments.evaluate_on, len(held_out.sources)))
-        few.sources = [held_out.sources[i] for i in chosen]
-        few.targets = [held_out.targets[i] for i in chosen]
         with autocast():
-            candidates = summarize(model, tokenizer, few, num_beams=arguments.num_beams)
-        scores = mean_rouge(candidates, [held_out.records[i]["summary"] for i in chosen])
+            candidates = summarize(model, tokenizer, held_out, num_beams=arguments.num_beams)
+        scores = mean_rouge(candidates, held_out.summaries)
         line += "  ROUGE-1 {:.3f}  ROUGE-2 {:.3f}  ROUGE-L {:.3f}".format(*scores)
         line += f"\n    {candidates[0]!r}\n    {candidates[1]!r}"
         score = scores[2]
@@ -423,6 +421,10 @@ def main():
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
+    if bool(arguments.model) == bool(arguments.new):
+        raise ValueError("give either --model, or --new with --tokenizer")
+    if not (arguments.evaluate or arguments.output and (arguments.train or arguments.pretrain)):
+        raise ValueError("give --evaluate, or --output with --train or --pretrain")
     model, tokenizer = start_model(arguments)
     model.to(device)
     arguments.max_source_length = arguments.max_source_length or tokenizer.model_max_length
@@ -436,4 +438,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
