@@ -74,6 +74,10 @@ from lsg import LSGSelfAttention, check_options
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
                "gelu_new": partial(F.gelu, approximate="tanh")}
+GENERATION_SETTINGS = {
+    "bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id",
+    "forced_eos_token_id", "num_beams", "max_length", "min_length", "length_penalty",
+    "no_repeat_ngram_size", "early_stopping"}
 ALIASES = {  # other names under which the model card and transformers know keys of config.json
     "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads",
     "attention_probs_dropout_prob": "attention_dropout", "lsg_num_pre_rounds": "lsh_num_pre_rounds"}
@@ -141,7 +145,7 @@ class BarthezConfig:
     def __post_init__(self):
         if self.lsg:
             check_options(self.block_size, self.sparse_block_size, self.sparsity_factor,
-                          self.sparsity_type, self.lsh_num_pre_rounds)
+                          self.sparsity_type, self.num_global_tokens, self.lsh_num_pre_rounds)
             if not 1 <= self.num_global_tokens <= NUM_GLOBAL_EMBEDDINGS:
                 raise ValueError(f"num_global_tokens={self.num_global_tokens}: the table of global "
                                  f"embeddings has 1 to {NUM_GLOBAL_EMBEDDINGS}")
@@ -554,27 +558,29 @@ class BarthezForConditionalGeneration(nn.Module):
             out.loss = F.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
         return out
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, *, progress=None, **settings):
         """Write a text for each document, by beam search; one beam is greedy search.
 
-        input_ids, attention_mask (B, length). `settings` are BarthezConfig's, and default to the
-        checkpoint's. `progress(tokens written, max_length)` is called before each step.
+        input_ids, attention_mask (B, length). `settings` are GENERATION_SETTINGS, and default to
+        the checkpoint's config. `progress(tokens written, max_length)` is called before each step.
         Returns ids (B, L), the start token first, padded with pad_token_id behind </s>.
         Follows transformers 4.36.2, generation/utils.py and beam_search.py, to the token.
         """
-        try:
-            config = replace(self.config, **settings)
-        except TypeError:
-            unknown = set(settings) - {f.name for f in fields(self.config)}
-            raise ValueError(f"generate does not know {', '.join(sorted(unknown))}") from None
+        unknown = settings.keys() - GENERATION_SETTINGS
+        if unknown:
+            raise ValueError(f"generate has no setting {', '.join(sorted(unknown))}")
+        config = replace(self.config, **settings)
+        max_length = config.max_length or 20
+        positions = config.max_position_embeddings
+        if max_length - 1 > positions:  # the last token that is written is not read again
+            raise ValueError(f"{max_length=}, but the decoder knows {positions} positions")
         if attention_mask is None:
             attention_mask = input_ids != config.pad_token_id
         states, document_mask = self.model.encoder(input_ids, attention_mask)
         document = self.model.decoder.read(states)
 
         B, beams = len(input_ids), config.num_beams
-        max_length = config.max_length or 20
         past = Past(config, B, max_length, states)
         start = config.decoder_start_token_id
         tokens = input_ids.new_full(

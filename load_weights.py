@@ -9,13 +9,27 @@ mbart/convert_mbart_checkpoint.py.
 """
 
 import argparse
+import contextlib
+import functools
+import hashlib
 import json
 import os
+import re
 import shutil
+import socket
+import ssl
 import sys
+import time
+import uuid
 import warnings
 from dataclasses import asdict, fields
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from urllib.parse import quote, urljoin, urlsplit
+from urllib.request import (HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request,
+                            UnknownHandler)
 
 import torch
 from safetensors import SafetensorError
@@ -291,8 +305,9 @@ def save_model(model, tokenizer, folder):
     if config.lsg:
         settings |= {"base_model_prefix": "lsg", "sparsity_type": config.sparsity_type, "auto_map": {
             "AutoModel" + kind.removeprefix("Model").replace("ConditionalGeneration", "Seq2SeqLM"):
-            f"modeling_lsg_mbart.LSGMBart{kind}" for kind in ARCHITECTURES}}
+            f"ccdv/lsg-barthez-4096--modeling_lsg_mbart.LSGMBart{kind}" for kind in ARCHITECTURES}}
 
+    (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     first = "shared.weight" if suffix == "Model" else "model.shared.weight"
     tied = EMBEDDINGS if config.tie_word_embeddings else EMBEDDINGS[:3]
@@ -301,14 +316,374 @@ def save_model(model, tokenizer, folder):
             tensors.pop(name if first.startswith("model.") else name.removeprefix("model."), None)
     written = folder / "model.safetensors.incomplete"
     save_file(tensors, written, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", written)  # save_file lets nobody else read it
     os.replace(written, folder / "model.safetensors")  # the model may be mapped from that very file
-    (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "model_max_length": config.max_position_embeddings,
         "tokenizer_class": "BarthezTokenizer"}, indent=2) + "\n")
     target = folder / "sentencepiece.bpe.model"
     if tokenizer.model_file.resolve() != target.resolve():
         shutil.copyfile(tokenizer.model_file, target)
+
+
+# ------------------------------------------------------------------------------------------------
+# The Hub
+#
+# Its download protocol, with the standard library alone. The cache is laid out as the official
+# client does, so that each finds what the other fetched:
+#
+#     models--owner--name/blobs/<etag>        the bytes; the etag is also their checksum
+#     models--owner--name/snapshots/<commit>/config.json -> ../../blobs/<etag>
+#     models--owner--name/refs/main           the commit that `main` was when last asked
+#     .locks/models--owner--name/<etag>.lock  held by the process that fetches this blob
+
+SETTINGS = {  # environment variables, read at each call, and what holds if one is not set
+    "HF_ENDPOINT": "https://huggingface.co", "HF_HUB_OFFLINE": "", "HF_TOKEN": "",
+    "XDG_CACHE_HOME": "~/.cache", "HF_HOME": "$XDG_CACHE_HOME/huggingface",
+    "HF_HUB_CACHE": "$HF_HOME/hub", "HF_TOKEN_PATH": "$HF_HOME/token",
+    "HF_HUB_ETAG_TIMEOUT": "10", "HF_HUB_DOWNLOAD_TIMEOUT": "10",  # seconds without a byte
+    "HF_HUB_DISABLE_PROGRESS_BARS": "",
+}
+TRIES = 5  # failures in a row, without a byte gained, before we give up
+PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds: the first pause doubles with each failure in a row
+LARGE = 10_000_000  # bytes from which a download is announced and its progress shown
+COMMIT = re.compile(r"[0-9a-f]{40}")
+REPO_ID = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?(/\w([\w.-]{0,94}\w)?)?", re.ASCII)
+ENDPOINT = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d{1,5})?(/[\w.~-]+)*", re.ASCII)
+LOOPBACK = re.compile(r"https?://(localhost|127(\.\d+){3}|\[::1\])([:/]|$)")
+
+
+class EntryNotFoundError(FileNotFoundError):
+    """The revision lacks this file (offline: the cache does); it may have another."""
+
+
+class Transient(Exception):
+    """(reason, seconds): a failure worth another try, after the pause that the server asks for."""
+
+
+def download(repo_id: str, filename: str, revision: str = "main", tries: int = TRIES) -> Path:
+    """The path of a model's file in the Hub cache, to where it is fetched first if need be.
+
+    `revision` is a branch, a tag, `refs/pr/2` or a commit; the Hub is not asked for a cached file
+    of a full commit. Where asking or fetching fails, a cached copy is better than none, and it is
+    used at once: the Hub is asked `tries` times only if there is none.
+
+    Raises EntryNotFoundError if the revision lacks the file, FileNotFoundError if the repository
+    or the revision is missing, PermissionError if it is gated, private or the token refused,
+    ConnectionError if the network fails, OSError if the cache cannot be written, ValueError for
+    a name or a setting that cannot be right: one line each, which says what to do.
+    """
+    if not REPO_ID.fullmatch(repo_id):
+        raise ValueError(f"{repo_id!r} is not the name of a model on the Hub (owner/name).")
+    for name in (filename, revision):
+        if {"", ".", ".."} & set(name.split("/")) or re.search(r'[\x00-\x1f\x7f\\:*?"<>|]', name):
+            raise ValueError(f"{name!r} cannot be a file or a revision of a model on the Hub.")
+    what, cache = f"{filename} of {repo_id} ({revision})", setting("HF_HUB_CACHE")
+    have, offline = cached(repo_id, filename, revision), switched_on("HF_HUB_OFFLINE")
+    if have and (offline or COMMIT.fullmatch(revision)):
+        return have
+    if offline:
+        raise EntryNotFoundError(f"{what} is not in {cache}: unset HF_HUB_OFFLINE to fetch it.")
+    try:
+        return refresh(repo_id, filename, revision, what, tries=1 if have else tries)
+    except OSError as error:
+        if error.errno is not None:  # the system's; our own carry a message and no number
+            error = OSError(f"Cannot write {what} to {cache}: {error.strerror}. Free some space, "
+                            "or set HF_HUB_CACHE to a folder that you can write to.")
+        if not have or isinstance(error, EntryNotFoundError):
+            raise error
+        say(f"{error} Using the copy in the cache.")
+        return have
+
+
+def cached(repo_id: str, filename: str, revision: str = "main") -> Path | None:
+    """The file if it is in the cache, without asking the Hub whether the revision has moved."""
+    folder, commit = repo_folder(repo_id), revision
+    with contextlib.suppress(OSError):
+        if not COMMIT.fullmatch(revision):
+            commit = (folder / "refs" / revision).read_text(errors="replace").strip()
+        path = folder / "snapshots" / commit / filename
+        if COMMIT.fullmatch(commit) and path.is_file():
+            return path
+    return None
+
+
+def refresh(repo_id: str, filename: str, revision: str, what: str, tries: int) -> Path:
+    """Asks which commit and which bytes are meant, and brings into the cache what it lacks."""
+    url = f"/{repo_id}/resolve/{{}}/{quote(filename)}"
+    commit, etag, size = persist(lambda: metadata(url.format(quote(revision, "")), what), tries)
+    if COMMIT.fullmatch(revision) and commit != revision:
+        raise trouble(f"The Hub answered with commit {commit} when asked for {what}")
+    folder = repo_folder(repo_id)
+    blob, pointer = folder / "blobs" / etag, folder / "snapshots" / commit / filename
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    if not pointer.is_file():
+        with locked(folder.parent / ".locks" / folder.name / f"{etag}.lock") as alone:
+            if not blob.is_file():
+                if size >= LARGE:
+                    say(f"Downloading {what}: {size / 1e6:,.0f} MB to {blob.parent}")
+                # Without locks, under a name of our own: two writers would spoil each other's.
+                partial = blob.with_name(f"{etag}{'' if alone else uuid.uuid4()}.incomplete")
+                partial.touch()
+                try:  # by commit from here on: a branch may move between the two requests
+                    persist(lambda: append(url.format(commit), what, partial, etag, size), TRIES,
+                            gained=lambda: os.path.getsize(partial))
+                    os.replace(partial, blob)
+                finally:
+                    if not alone:  # nobody would ever resume it
+                        partial.unlink(missing_ok=True)
+            with in_one_step(pointer, blob.parent) as name:
+                try:
+                    os.symlink(os.path.relpath(blob, pointer.parent), name)
+                except OSError:  # Windows grants symlinks to few, and some disks know none
+                    shutil.copyfile(blob, name)
+    ref = folder / "refs" / revision
+    if commit != revision and not (ref.is_file() and ref.read_bytes() == commit.encode()):
+        with in_one_step(ref, blob.parent) as name:
+            name.write_text(commit)
+    return pointer
+
+
+def metadata(url: str, what: str) -> tuple[str, str, int]:
+    """The file's commit, its etag and its size in bytes."""
+    with ask("HEAD", url, what) as answer:
+        headers = answer.headers
+    etag = (headers.get("X-Linked-Etag") or headers.get("ETag", "")).removeprefix("W/").strip('"')
+    size = headers.get("X-Linked-Size") or answer.status == 200 and headers.get("Content-Length")
+    commit = headers.get("X-Repo-Commit", "")
+    # Commit and etag become names in the cache, and the etag is the checksum: nothing else will do.
+    if not (COMMIT.fullmatch(commit) and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag)
+            and re.fullmatch(r"[0-9]{1,15}", size or "")):
+        raise trouble(f"{urlsplit(answer.url).hostname} does not answer as the Hub does")
+    return commit, etag, int(size)
+
+
+def append(url: str, what: str, partial: Path, etag: str, size: int) -> None:
+    """One request for the bytes that `partial` lacks; returns once it is complete and verified."""
+    start = os.path.getsize(partial)
+    if start != size:
+        with ask("GET", url, what, **({"Range": f"bytes={start}-"} if start else {})) as answer:
+            sent = answer.headers.get("Content-Range", "")
+            if answer.status == 416 or answer.status == 206 and f"bytes {start}-" not in sent:
+                os.truncate(partial, 0)
+                raise Transient("The server cannot resume the download", 0)
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                raise trouble(f"{what} came compressed, though nobody asked for it")
+            if answer.headers.get_content_type() == "text/html":
+                raise trouble(f"A web page (a login?) came instead of {what}")
+            with open(partial, "ab" if answer.status == 206 else "wb") as file:
+                for block in body(answer, file.tell(), size):
+                    file.write(block)
+                    if file.tell() > size:  # an endless answer must not fill the disk
+                        break
+    length = os.path.getsize(partial)
+    if length < size:
+        raise Transient(f"The connection closed at {length:,} of {size:,} bytes", 0)
+    # sha256, or git's own sum for the small files that are kept in git itself
+    digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(b"blob %d\0" % size)
+    with open(partial, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != etag or length != size:
+        os.truncate(partial, 0)
+        if start:  # then what was left from before may be at fault: once more, from the beginning
+            raise Transient(f"The parts of {what} do not fit together", 0)
+        raise trouble(f"What came as {what} has a wrong size or checksum and was deleted")
+
+
+def body(answer: HTTPResponse, done: int, size: int):
+    """Yields the answer's bytes, with a line of progress where stderr is a terminal."""
+    quiet = size < LARGE or switched_on("HF_HUB_DISABLE_PROGRESS_BARS") or not sys.stderr.isatty()
+    first, begun, shown = done, time.monotonic(), 0.0
+    try:
+        while block := answer.read1(1 << 18):
+            yield block
+            done, now = done + len(block), time.monotonic()
+            if not quiet and (now - shown > 0.2 or done >= size):
+                shown, rate = now, (done - first) / max(now - begun, 1e-3)  # bytes a second
+                left = int((size - done) / rate)
+                print(f"\r{done / 1e6:8,.1f} of {size / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, "
+                      f"{left // 60}:{left % 60:02} left ", end="", file=sys.stderr, flush=True)
+    except (OSError, HTTPException) as error:
+        # Only the network raises in here: a full disk does where the block is written.
+        raise Transient(f"The download broke off ({type(error).__name__})", 0) from error
+    finally:
+        if not quiet:
+            say("")
+
+
+def persist(action, tries: int, gained=lambda: 0):
+    """Calls `action` until it gets through or has failed `tries` times without gaining a byte."""
+    failures, most = 0, gained()
+    while True:
+        try:
+            return action()
+        except Transient as fault:
+            (reason, wait), now = fault.args, gained()
+            failures, most = (1, now) if now > most else (failures + 1, most)
+            if failures >= tries:
+                raise trouble(reason) from fault
+            pause = min(max(wait, PAUSE * 2 ** (failures - 1)), LONGEST_PAUSE)
+            say(f"{reason}: trying again in {pause:.0f} s.")
+            time.sleep(pause)
+
+
+def ask(method: str, path: str, what: str, **headers: str) -> HTTPResponse:
+    """One request, of which only useful answers come back: 2xx, 416, and to a HEAD also the
+    redirect that describes a large file.
+
+    Redirects are followed by hand: urllib would hand the token to every host on the way, and
+    turn a redirected HEAD into a GET.
+    """
+    home, token = hub()
+    timeout = seconds("HF_HUB_ETAG_TIMEOUT" if method == "HEAD" else "HF_HUB_DOWNLOAD_TIMEOUT")
+    headers.update({"User-Agent": "lsg-barthez", "Accept-Encoding": "identity"})
+    url, host, target = home + path, home, ""
+    for _ in range(10):
+        try:
+            url = urljoin(url, target)
+            host, at_home = urlsplit(url).hostname or host, urljoin(url, "/") == urljoin(home, "/")
+            request = Request(url, headers=headers, method=method)
+            if token and at_home:
+                request.add_header("Authorization", f"Bearer {token}")
+            # A bare opener follows no redirect, opens no local file and raises for no status. A
+            # request to this very machine must not leave it through a proxy.
+            opener, proxies = OpenerDirector(), {} if LOOPBACK.match(url) else None
+            scheme = HTTPSHandler if url.startswith("https:") else HTTPHandler
+            for part in scheme(), ProxyHandler(proxies), UnknownHandler():
+                opener.add_handler(part)
+            answer = opener.open(request, timeout=timeout)
+        except (OSError, HTTPException, ValueError) as error:
+            reason = getattr(error, "reason", type(error).__name__)  # never the address: signed
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                raise trouble(f"The certificate of {host} is not valid (is this computer's clock "
+                              f"right?): {reason.verify_message}") from error
+            if isinstance(reason, socket.gaierror):  # most often, there is no network at all
+                raise trouble(f"The address of {host} is not to be had") from error
+            raise Transient(f"{host} cannot be reached ({reason})", 0) from error
+        target, status = answer.headers.get("Location"), answer.status
+        described = method == "HEAD" and answer.headers.get("X-Linked-Etag")
+        if status < 300 or status == 416 or status < 400 and described:
+            return answer
+        answer.close()
+        if status in (408, 429, 500, 502, 503, 504):
+            reason = f"{host} answered HTTP {status} {HTTPStatus(status).phrase}"
+            raise Transient(reason, retry_after(answer.headers))
+        if status >= 400 or not target:
+            raise refusal(answer, what, home + path.partition("/resolve/")[0] if at_home else "")
+    raise trouble(f"{host} redirects in circles")
+
+
+def refusal(answer: HTTPResponse, what: str, page: str) -> OSError:
+    """The error that a 4xx means. `page` is the model's, "" if it is not the Hub that answers."""
+    code, status = answer.headers.get("X-Error-Code"), answer.status
+    if "Invalid credentials" in answer.headers.get("X-Error-Message", ""):
+        code = "BadToken"
+    absent = (f"{page} does not exist, or is private or gated: check its name, or set HF_TOKEN to "
+              "a token that may read it.")
+    kind, text = {
+        "EntryNotFound": (EntryNotFoundError, f"There is no {what}: see {page}/tree/main"),
+        "RevisionNotFound": (FileNotFoundError, f"No such revision: {what}. See {page}/tree/main"),
+        "RepoNotFound": (FileNotFoundError, absent),
+        "GatedRepo": (PermissionError, f"{page} is gated: accept its terms there, set HF_TOKEN."),
+        "BadToken": (PermissionError, "The Hub rejects your token: renew or remove it (HF_TOKEN)."),
+    }.get(code) or {
+        401: (PermissionError, absent),
+        403: (PermissionError, f"{page} may not be read with this token, or a proxy forbids it."),
+        404: (FileNotFoundError, absent),
+    }.get(status, (None, ""))
+    if page and kind:
+        return kind(text)
+    return trouble(f"{urlsplit(answer.url).hostname} answered HTTP {status} for {what}")
+
+
+def trouble(reason: str) -> ConnectionError:
+    return ConnectionError(f"{' '.join(reason.split())}. Check the network, HF_ENDPOINT and any "
+                           "proxy, then try again.")
+
+
+def retry_after(headers) -> float:
+    """The pause asked for, in seconds; a date is compared with the server's clock, not ours."""
+    until = headers.get("Retry-After", "")
+    with contextlib.suppress(TypeError, ValueError):
+        if until.isdecimal():
+            return float(until)
+        now = parsedate_to_datetime(headers["Date"])
+        return (parsedate_to_datetime(until) - now).total_seconds()
+    return 0.0
+
+
+def hub() -> tuple[str, str]:
+    """The Hub's address, and the user's token or ""."""
+    home, token = setting("HF_ENDPOINT").rstrip("/"), setting("HF_TOKEN")
+    if not ENDPOINT.fullmatch(home):
+        raise ValueError("HF_ENDPOINT is not an address such as https://huggingface.co")
+    with contextlib.suppress(OSError):  # most users have no token
+        token = (token or Path(setting("HF_TOKEN_PATH")).read_text(errors="replace")).strip()
+    if not re.fullmatch(r"[!-~]*", token):  # http.client would print it in its complaint
+        raise ValueError("The token (HF_TOKEN, or its file) has characters that no token has.")
+    if token and home.startswith("http:") and not LOOPBACK.match(home):
+        raise ValueError(f"The token is never sent unencrypted: let HF_ENDPOINT begin with https, "
+                         f"unlike {home}, or remove HF_TOKEN and the token's file.")
+    return home, token
+
+
+def setting(variable: str) -> str:
+    default = re.sub(r"\$(\w+)", lambda other: setting(other[1]), SETTINGS[variable])
+    return os.path.expandvars(os.path.expanduser(os.environ.get(variable) or default))
+
+
+def switched_on(variable: str) -> bool:
+    return setting(variable).upper() in ("1", "ON", "YES", "TRUE")
+
+
+def seconds(variable: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(setting(variable))) < 1e6:
+            return value
+    raise ValueError(f"{variable} must be a number of seconds, such as 10.")
+
+
+def repo_folder(repo_id: str) -> Path:
+    return Path(setting("HF_HUB_CACHE"), "models--" + repo_id.replace("/", "--"))
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Holds the lock that the official client holds too; yields whether there are locks here."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            import fcntl  # not on Windows
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say("Another process is downloading this file: waiting for it.")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            works = True
+        except (ImportError, OSError):  # some network drives have no locks
+            works = False
+        yield works
+
+
+@contextlib.contextmanager
+def in_one_step(path: Path, scratch: Path):
+    """Yields a name in `scratch` to write to, which becomes `path` once that has succeeded."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = scratch / f"{uuid.uuid4()}.incomplete"
+    try:
+        yield name
+        os.replace(name, path)
+    finally:
+        name.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
 
 
 def main():

@@ -46,7 +46,8 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
     >>> lsg_attention(x, x, x, block_size=8, sparse_block_size=8).shape
     torch.Size([1, 2, 65, 8])
     """
-    check_options(block_size, sparse_block_size, sparsity_factor, sparsity_type, lsh_num_pre_rounds)
+    check_options(block_size, sparse_block_size, sparsity_factor, sparsity_type,
+                  num_global_tokens, lsh_num_pre_rounds)
     B, H, T, D = query.shape
     G, text_length = num_global_tokens, T - num_global_tokens
     if attention_mask is None:
@@ -232,7 +233,7 @@ def lsh(key, value, visible, chunk, factor, pre_rounds):
 def lsh_round(key, value, count, buckets):
     """Sum up the keys of each bucket: the nearest of `buckets // 2` random directions, or opposite."""
     B, H, n, chunk, D = key.shape
-    directions = torch.randn(1, H, 1, D, buckets // 2, device=key.device)
+    directions = torch.randn(1, H, 1, D, buckets // 2, device=key.device).to(key.dtype)
     with torch.no_grad():
         cosine = (F.normalize(key, dim=-1) * count.clamp(0, 1)) @ directions
         bucket = torch.cat([cosine, -cosine], dim=-1).argmax(-1, keepdim=True)  # (B, H, n, chunk, 1)
@@ -244,18 +245,20 @@ SPARSITY_TYPES = "norm", "pooling", "lsh", "stride", "block_stride", "bos_poolin
 
 
 def check_options(block_size, sparse_block_size, sparsity_factor, sparsity_type,
-                  lsh_num_pre_rounds):
+                  num_global_tokens, lsh_num_pre_rounds):
     """Raise ValueError, naming the values and the remedy, where options do not fit together."""
     if sparsity_type not in SPARSITY_TYPES:
         raise ValueError(f"unknown sparsity_type {sparsity_type!r}: choose one of {SPARSITY_TYPES}")
-    if block_size < 1 or sparse_block_size < 0 or lsh_num_pre_rounds < 0:
-        raise ValueError(f"{block_size=}, {sparse_block_size=}, {lsh_num_pre_rounds=}: a block has "
-                         "at least one token, and nothing is negative")
-    if sparsity_factor > 0 and block_size % sparsity_factor:
+    if block_size < 1 or min(sparse_block_size, num_global_tokens, lsh_num_pre_rounds) < 0:
+        raise ValueError(f"{block_size=}, {sparse_block_size=}, {num_global_tokens=}, "
+                         f"{lsh_num_pre_rounds=}: block_size is at least 1, the others at least 0")
+    if not sparse_block_size or sparsity_factor <= 0 or sparsity_type in ("none", None):
+        return
+    if block_size % sparsity_factor:
         raise ValueError(f"{block_size=} is not divisible by {sparsity_factor=}: "
                          "choose a sparsity_factor that divides it")
     chunk = min(block_size, sparse_block_size)
-    if sparsity_type in ("norm", "lsh") and chunk and sparsity_factor > 1 and (
+    if sparsity_type in ("norm", "lsh") and sparsity_factor > 1 and (
             block_size % chunk or chunk % sparsity_factor):
         raise ValueError(
             f"{sparsity_type} thins out chunks of min({block_size=}, {sparse_block_size=}) tokens, "

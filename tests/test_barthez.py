@@ -1,0 +1,619 @@
+"""The model: its configuration, its names, and each of its parts against the formula itself."""
+
+import math
+
+import pytest
+import torch
+
+import barthez
+from barthez import (BarthezConfig, BarthezForCausalLM, BarthezForConditionalGeneration,
+                     BarthezForQuestionAnswering, BarthezForSequenceClassification, BarthezModel,
+                     init_weights, shift_right)
+from conftest import GOLDENS, assert_close
+from load_weights import read_tensors
+
+SIZES = dict(vocab_size=19, d_model=12, encoder_layers=2, decoder_layers=3,
+             encoder_attention_heads=3, decoder_attention_heads=2, encoder_ffn_dim=10,
+             decoder_ffn_dim=14, max_position_embeddings=60, block_size=4, sparse_block_size=4,
+             dropout=0.0)
+TYPES = "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none"
+BARTHEZ = dict(vocab_size=50002, d_model=768, encoder_layers=6, decoder_layers=6,
+               encoder_attention_heads=12, decoder_attention_heads=12, encoder_ffn_dim=3072,
+               decoder_ffn_dim=3072)
+
+
+def model_of(kind=BarthezForConditionalGeneration, **changes):
+    torch.manual_seed(1)
+    model = kind(BarthezConfig(**SIZES | changes)).eval()
+    init_weights(model, std=0.4)
+    for name, tensor in model.state_dict().items():  # no bias and no norm may be a mere 0 or 1
+        if name.endswith("bias") or "norm" in name:
+            tensor += 0.3 * torch.randn(tensor.shape)
+    return model
+
+
+def text_of(length, seed=5):
+    ids = torch.randint(4, 19, (1, length), generator=torch.Generator().manual_seed(seed))
+    ids[0, 0], ids[0, -1] = 0, 2
+    return ids
+
+
+def largest_difference(a, b):
+    return (a - b).abs().max().item()
+
+
+# ------------------------------------------------------------------------------------------------
+# Configuration
+
+
+def test_config_ignores_what_it_does_not_know():
+    config = BarthezConfig.from_dict(SIZES | {"transformers_version": "4.36.2", "use_cache": True})
+    assert config == BarthezConfig(**SIZES)
+
+
+@pytest.mark.parametrize("alias, name, value", [
+    ("hidden_size", "d_model", 24), ("num_attention_heads", "encoder_attention_heads", 4),
+    ("attention_probs_dropout_prob", "attention_dropout", 0.25),
+    ("lsg_num_pre_rounds", "lsh_num_pre_rounds", 3)])
+def test_config_knows_the_cards_names(alias, name, value):
+    assert getattr(BarthezConfig.from_dict(SIZES | {alias: value}), name) == value
+
+
+@pytest.mark.parametrize("settings, labels", [
+    ({}, {0: "LABEL_0", 1: "LABEL_1"}),
+    ({"num_labels": 1}, {0: "LABEL_0"}),
+    ({"num_labels": 3}, {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}),
+    ({"id2label": {"0": "Negative", "1": "Positive"}}, {0: "Negative", 1: "Positive"}),
+    ({"id2label": {"0": "a", "1": "b", "2": "c"}, "num_labels": 3}, {0: "a", 1: "b", 2: "c"}),
+    ({"id2label": {"0": "a", "1": "b"}, "num_labels": 3},
+     {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}),
+    ({"id2label": None}, {0: "LABEL_0", 1: "LABEL_1"})])
+def test_labels_and_their_number_agree(settings, labels):
+    config = BarthezConfig.from_dict(SIZES | settings)
+    assert config.id2label == labels and config.num_labels == len(labels)
+
+
+def test_defaults_are_the_published_ones():
+    config = BarthezConfig(**BARTHEZ)
+    assert (config.block_size, config.sparse_block_size, config.sparsity_factor) == (128, 128, 2)
+    assert (config.sparsity_type, config.num_global_tokens, config.lsh_num_pre_rounds) == (
+        "norm", 1, 1)
+    assert config.adaptive and config.pool_with_global and config.pass_global_tokens_to_decoder
+    assert not config.mask_first_token and not config.scale_embedding
+    assert config.forced_eos_token_id == 2 and config.activation_function == "gelu"
+
+
+@pytest.mark.parametrize("missing", ["vocab_size", "d_model", "decoder_ffn_dim"])
+def test_a_missing_size_is_an_error_that_names_it(missing):
+    settings = {key: value for key, value in SIZES.items() if key != missing}
+    with pytest.raises(ValueError, match=missing):
+        BarthezConfig.from_dict(settings)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("num_global_tokens", 0), ("num_global_tokens", 513), ("activation_function", "geglu"),
+    ("encoder_attention_heads", 5), ("decoder_attention_heads", 0), ("num_beams", 0),
+    ("min_length", -1), ("no_repeat_ngram_size", -2), ("max_length", 1),
+    ("early_stopping", "always"), ("sparsity_type", "random"), ("block_size", 0),
+    ("sparse_block_size", -4), ("sparsity_factor", 3), ("lsh_num_pre_rounds", -1)])
+def test_an_impossible_value_is_an_error_that_names_it(name, value):
+    with pytest.raises(ValueError) as error:
+        BarthezConfig(**SIZES | {name: value})
+    assert str(value) in str(error.value)
+    assert name.removeprefix("encoder_attention_").removeprefix("decoder_attention_") in str(
+        error.value)
+
+
+def test_dense_has_no_use_for_lsg_values():
+    assert BarthezConfig(**SIZES | {"lsg": False, "num_global_tokens": 0, "block_size": 0})
+
+
+# ------------------------------------------------------------------------------------------------
+# Names
+
+
+def published_names(config):
+    """The keys of a published checkpoint, written out."""
+    names = {"model.shared.weight", "final_logits_bias", "lm_head.weight"}
+    affine = "weight", "bias"
+    for stack, layers in ("encoder", config.encoder_layers), ("decoder", config.decoder_layers):
+        names |= {f"model.{stack}.{table}.weight" for table in ("embed_tokens", "embed_positions")}
+        names |= {f"model.{stack}.{norm}.{kind}" for kind in affine
+                  for norm in ("layernorm_embedding", "layer_norm")}
+        attentions = ["self_attn"] + ["encoder_attn"] * (stack == "decoder")
+        parts = ["fc1", "fc2", "final_layer_norm"] + [f"{name}_layer_norm" for name in attentions]
+        parts += [f"{name}.{x}_proj" for name in attentions for x in ("q", "k", "v", "out")]
+        names |= {f"model.{stack}.layers.{i}.{part}.{kind}" for i in range(layers)
+                  for part in parts for kind in affine}
+    return names
+
+
+def head_names(*layers):
+    return {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+
+
+LM_HEAD = {"final_logits_bias", "lm_head.weight"}
+GLOBALS = "model.encoder.global_embeddings.weight"
+
+
+def test_names_equal_the_published():
+    dense, lsg = model_of(lsg=False), model_of()
+    assert dense.state_dict().keys() == published_names(dense.config)
+    assert lsg.state_dict().keys() == published_names(lsg.config) | {GLOBALS}
+    assert lsg.state_dict()[GLOBALS].shape == (512, 12)
+
+
+def test_names_equal_those_that_transformers_wrote():
+    written = read_tensors(GOLDENS / "plain" / "model.safetensors").keys()
+    names = published_names(BarthezConfig(**SIZES))
+    assert written == names - {"lm_head.weight", "model.encoder.embed_tokens.weight",
+                               "model.decoder.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("kind, head", [
+    (BarthezForSequenceClassification,
+     head_names("classification_head.dense", "classification_head.out_proj")),
+    (BarthezForQuestionAnswering, head_names("qa_outputs")), (BarthezModel, set())])
+def test_names_of_the_other_heads(kind, head):
+    model = model_of(kind)
+    prefix = "model." if kind is BarthezModel else ""
+    assert {prefix + name for name in model.state_dict()} == (
+        published_names(model.config) - LM_HEAD | {GLOBALS} | head)
+
+
+def test_names_of_the_decoder_alone():
+    model = model_of(BarthezForCausalLM)
+    assert model.state_dict().keys() == {"lm_head.weight"} | {
+        name for name in published_names(model.config) if name.startswith("model.decoder.")}
+
+
+def test_barthez_has_139_221_504_parameters(monkeypatch):
+    for layer in torch.nn.Linear, torch.nn.Embedding:  # drawing them would only take time
+        monkeypatch.setattr(layer, "reset_parameters", lambda layer: None)
+    with torch.device("meta"):
+        model = BarthezForConditionalGeneration(BarthezConfig(**BARTHEZ, lsg=False))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 139_221_504
+
+
+def test_embeddings_are_tied_and_can_be_untied():
+    tied, free = model_of(), model_of(tie_word_embeddings=False)
+    for model in tied, free:
+        shared = model.model.shared.weight
+        assert model.model.encoder.embed_tokens.weight is shared
+        assert model.model.decoder.embed_tokens.weight is shared
+        assert (model.lm_head.weight is shared) == (model is tied)
+
+
+# ------------------------------------------------------------------------------------------------
+# The whole model as a formula, with full attention
+
+
+def oracle(model, ids, mask, decoder_ids):
+    """Encoder states and logits of one text (length), computed without a module's forward."""
+    p, config = dict(model.state_dict()), model.config
+
+    def linear(x, name):
+        return x @ p[name + ".weight"].T + p[name + ".bias"]
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        return x * p[name + ".weight"] + p[name + ".bias"]
+
+    def attend(x, source, name, heads, seen):
+        contexts, width = [], config.d_model // heads
+        for h in range(heads):
+            q, k, v = (linear(t, f"{name}.{kind}_proj")[:, h * width:(h + 1) * width]
+                       for t, kind in ((x, "q"), (source, "k"), (source, "v")))
+            scores = (q @ k.T / math.sqrt(width)).masked_fill(~seen, -math.inf)
+            contexts.append(scores.softmax(-1) @ v)
+        return linear(torch.cat(contexts, -1), f"{name}.out_proj")
+
+    def layer(x, name, heads, seen, document=None, document_seen=None):
+        normed = norm(x, f"{name}.self_attn_layer_norm")
+        x = x + attend(normed, normed, f"{name}.self_attn", heads, seen)
+        if document is not None:
+            normed = norm(x, f"{name}.encoder_attn_layer_norm")
+            x = x + attend(normed, document, f"{name}.encoder_attn", heads, document_seen)
+        hidden = linear(norm(x, f"{name}.final_layer_norm"), f"{name}.fc1")
+        hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2  # gelu
+        return x + linear(hidden, f"{name}.fc2")
+
+    def embed(ids, stack):
+        scale = math.sqrt(config.d_model) if config.scale_embedding else 1
+        return (p["model.shared.weight"][ids] * scale
+                + p[f"model.{stack}.embed_positions.weight"][2:2 + len(ids)])
+
+    x, seen = embed(ids, "encoder"), mask.bool()
+    if config.lsg:
+        G = config.num_global_tokens
+        x = torch.cat([p[GLOBALS][:G], x])
+        seen = torch.cat([torch.ones(G).bool(), seen])
+    x = norm(x, "model.encoder.layernorm_embedding")
+    for i in range(config.encoder_layers):
+        x = layer(x, f"model.encoder.layers.{i}", config.encoder_attention_heads, seen[None])
+    states = norm(x, "model.encoder.layer_norm")
+
+    x = norm(embed(decoder_ids, "decoder"), "model.decoder.layernorm_embedding")
+    for i in range(config.decoder_layers):
+        x = layer(x, f"model.decoder.layers.{i}", config.decoder_attention_heads,
+                  torch.ones(len(x), len(x)).tril().bool(), states, seen[None])
+    x = norm(x, "model.decoder.layer_norm")
+    return states, x @ p["lm_head.weight"].T + p["final_logits_bias"]
+
+
+@pytest.mark.parametrize("changes, length", [
+    ({"lsg": False}, 23), ({"lsg": False, "scale_embedding": True}, 23),
+    ({"num_global_tokens": 1}, 8), ({"num_global_tokens": 5}, 7),  # 2 * block_size at most: full
+    ({"num_global_tokens": 3, "scale_embedding": True}, 6),
+    ({"num_global_tokens": 2, "tie_word_embeddings": False}, 8)])
+@torch.no_grad()
+def test_the_model_equals_its_formula(changes, length):
+    model = model_of(**changes)
+    ids, mask = text_of(length), torch.ones(length).long()
+    mask[-3:] = 0
+    decoder_ids = text_of(6, seed=9)
+    out = model(ids, mask[None], decoder_input_ids=decoder_ids)
+    states, logits = oracle(model, ids[0], mask, decoder_ids[0])
+    assert_close(out.encoder_last_hidden_state[0], states)
+    assert_close(out.logits[0], logits)
+
+
+@pytest.mark.parametrize("name", barthez.ACTIVATIONS)
+def test_activations_have_the_values_of_their_names(name):
+    x = torch.tensor([-2.0, -0.5, 0.0, 1.5])
+    logistic = 1 / (1 + (-x).exp())
+    tanh_gelu = x / 2 * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)).tanh())
+    expected = {"gelu": x * (1 + torch.erf(x / math.sqrt(2))) / 2, "relu": x.clamp(min=0),
+                "silu": x * logistic, "swish": x * logistic, "tanh": x.tanh(),
+                "gelu_new": tanh_gelu}[name]
+    assert_close(barthez.ACTIVATIONS[name](x), expected, 1e-6)
+    layer = model_of(activation_function=name).model.encoder.layers[0]
+    assert layer.activation is barthez.ACTIVATIONS[name]
+
+
+@torch.no_grad()
+def test_lsg_is_dense_once_the_window_covers_the_text():
+    ids, target = text_of(29), text_of(6, seed=9)
+    wide, narrow = model_of(block_size=32, sparse_block_size=32), model_of()
+    expected, _ = oracle(wide, ids[0], torch.ones(29), target[0])
+    assert_close(wide(ids, decoder_input_ids=target).encoder_last_hidden_state[0], expected)
+    assert largest_difference(narrow(ids, decoder_input_ids=target).encoder_last_hidden_state[0],
+                              expected) > 1e-2
+
+
+# ------------------------------------------------------------------------------------------------
+# Padding
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("kind", TYPES)
+@torch.no_grad()
+def test_a_padded_row_equals_the_row_alone(kind, cut):
+    model = model_of(sparsity_type=kind, num_global_tokens=3,
+                     pass_global_tokens_to_decoder=not cut)
+    lengths, target = (37, 22, 5), text_of(6, seed=9)
+    ids = torch.full((3, 37), 1)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = text_of(length, seed=row)
+    torch.manual_seed(4)  # lsh draws the same directions for a batch as for a single text
+    out = model(ids, ids != 1, decoder_input_ids=target.expand(3, -1))
+    for row, length in enumerate(lengths):
+        torch.manual_seed(4)
+        alone = model(ids[row:row + 1, :length], decoder_input_ids=target)
+        states = alone.encoder_last_hidden_state[0]
+        assert_close(out.encoder_last_hidden_state[row, :len(states)], states)
+        assert_close(out.logits[row], alone.logits[0])
+
+
+@pytest.mark.parametrize("kind, output", [
+    (BarthezModel, "last_hidden_state"), (BarthezForSequenceClassification, "logits"),
+    (BarthezForQuestionAnswering, "start_logits"), (BarthezForQuestionAnswering, "end_logits")])
+@torch.no_grad()
+def test_a_padded_row_equals_the_row_alone_for_each_head(kind, output):
+    model, ids = model_of(kind), torch.full((2, 21), 1)
+    ids[0], ids[1, :13] = text_of(21), text_of(13)
+    together = getattr(model(ids, ids != 1), output)
+    alone = getattr(model(ids[1:, :13]), output)
+    rows = together[1] if output == "logits" else together[1, :13]
+    assert_close(rows, alone[0])
+
+
+def test_a_boolean_mask_says_what_numbers_say():
+    model, ids = model_of(), text_of(21)
+    mask = torch.ones_like(ids)
+    mask[0, 15:] = 0
+    expected = model(ids, mask).logits
+    for other in mask.bool(), mask.float():
+        assert torch.equal(model(ids, other).logits, expected)
+
+
+# ------------------------------------------------------------------------------------------------
+# The first token and the globals
+
+
+@pytest.mark.parametrize("length", [7, 30])  # full attention, and blocks
+@pytest.mark.parametrize("passed", [True, False])
+@torch.no_grad()
+def test_a_masked_first_token_is_seen_by_nobody(length, passed):
+    options = dict(mask_first_token=True, num_global_tokens=2, pass_global_tokens_to_decoder=passed)
+    model, target = model_of(**options), text_of(6, seed=9)
+    ids = text_of(length)
+    other = ids.clone()
+    other[0, 0] = 11
+    a, b = (model(x, decoder_input_ids=target) for x in (ids, other))
+    if passed:
+        assert_close(a.logits, b.logits)
+        keep = [i for i in range(length + 2) if i != 2]
+        assert_close(a.encoder_last_hidden_state[:, keep], b.encoder_last_hidden_state[:, keep])
+    else:  # the first global stands in its place, which the decoder does not look at either
+        assert_close(a.encoder_last_hidden_state, b.encoder_last_hidden_state)
+        assert_close(a.logits, b.logits)
+    seen = model_of(**options | {"mask_first_token": False})
+    assert largest_difference(*(seen(x, decoder_input_ids=target).encoder_last_hidden_state[:, 3:]
+                                for x in (ids, other))) > 1e-3
+
+
+@pytest.mark.parametrize("passed", [True, False])
+@torch.no_grad()
+def test_the_decoder_does_not_see_a_masked_first_token(passed):
+    model = model_of(mask_first_token=True, num_global_tokens=2,
+                     pass_global_tokens_to_decoder=passed)
+    states, mask = model.model.encoder(text_of(9))
+    assert mask.tolist() == [[True] * 2 * passed + [False] + [True] * 8]
+    assert states.shape == (1, 9 + 2 * passed, 12)
+
+
+def test_masks_of_the_caller_are_left_alone():
+    mask = torch.ones(1, 30).long()
+    model_of(mask_first_token=True)(text_of(30), mask)
+    assert mask.all()
+
+
+@pytest.mark.parametrize("length", [7, 30])
+@torch.no_grad()
+def test_globals_are_passed_pooled_or_cut(length):
+    ids, G = text_of(length), 3
+    options = dict(num_global_tokens=G)
+    passed, mask = model_of(**options).model.encoder(ids)
+    assert passed.shape[1] == mask.shape[1] == G + length and mask.all()
+    for pool in True, False:
+        states, mask = model_of(**options, pass_global_tokens_to_decoder=False,
+                                pool_with_global=pool).model.encoder(ids)
+        assert mask.shape == (1, length) and mask.all()
+        assert_close(states[:, 1:], passed[:, G + 1:])
+        assert_close(states[:, 0], passed[:, 0 if pool else G])
+
+
+@torch.no_grad()
+def test_pooling_does_not_matter_where_globals_are_passed():
+    a, b = (model_of(pool_with_global=pool)(text_of(30)).logits for pool in (True, False))
+    assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_embeddings_are_scaled_but_globals_and_positions_are_not():
+    scaled, by_hand = model_of(scale_embedding=True), model_of()
+    by_hand.model.shared.weight *= math.sqrt(12)
+    ids = text_of(30)
+    assert_close(scaled.model.encoder(ids)[0], by_hand.model.encoder(ids)[0])
+    assert_close(scaled.model.decoder(ids), by_hand.model.decoder(ids))
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses and decoder inputs
+
+
+def test_shift_right_wraps_the_last_token_round():
+    assert shift_right(torch.tensor([[5, 6, 2, 1], [5, 6, 7, 2], [8, 2, -100, -100]]), 1).tolist() \
+        == [[2, 5, 6, 2], [2, 5, 6, 7], [2, 8, 2, 1]]
+
+
+@torch.no_grad()
+def test_labels_give_the_mean_log_probability_of_what_counts():
+    model, ids = model_of(), text_of(20).expand(2, -1)
+    labels = torch.tensor([[7, 9, 4, 2], [8, 2, -100, -100]])
+    out = model(ids, labels=labels)
+    assert_close(out.logits, model(ids, decoder_input_ids=shift_right(labels, 1)).logits)
+    logs = out.logits.log_softmax(-1)
+    losses = [-logs[row, place, token] for row, tokens in enumerate(labels.tolist())
+              for place, token in enumerate(tokens) if token != -100]
+    assert_close(out.loss, sum(losses) / 6)
+
+
+def test_labels_are_left_alone():
+    labels = torch.tensor([[8, 2, -100, -100]])
+    model_of()(text_of(20), labels=labels)
+    assert labels.tolist() == [[8, 2, -100, -100]]
+
+
+@torch.no_grad()
+def test_a_class_is_read_where_the_last_end_stands():
+    model = model_of(BarthezForSequenceClassification, id2label={0: "a", 1: "b", 2: "c"})
+    ids = torch.tensor([[0, 5, 2, 2, 7, 9, 2, 1, 1], [0, 8, 6, 4, 5, 7, 9, 9, 2]])
+    out = model(ids, ids != 1)
+    dense, out_proj = model.classification_head.values()
+    for row, place in ((0, 6), (1, 8)):
+        expected = out_proj(dense(out.last_hidden_state[row, place]).tanh())
+        assert_close(out.logits[row], expected)
+
+
+def test_a_text_without_end_cannot_be_classified():
+    with pytest.raises(ValueError, match="</s>"):
+        model_of(BarthezForSequenceClassification)(torch.tensor([[0, 5, 2], [0, 5, 6]]))
+
+
+@torch.no_grad()
+def test_the_decoder_alone_does_not_see_ahead():
+    model, ids = model_of(BarthezForCausalLM), text_of(20)
+    other = ids.clone()
+    other[0, 12] = 4 + (ids[0, 12] - 3) % 15
+    a, b = model(ids).logits, model(other).logits
+    assert_close(a[:, :12], b[:, :12])
+    assert largest_difference(a[:, 12:], b[:, 12:]) > 1e-3
+    mask = torch.ones_like(ids)
+    assert_close(model(ids, mask).logits, a)
+    mask[0, 12] = 0
+    assert_close(*(model(x, mask).logits[:, 13:] for x in (ids, other)))
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_text_beyond_the_positions_is_an_error_that_names_the_remedy(stack):
+    model = model_of()
+    assert getattr(model.model, stack)(text_of(60)) is not None
+    with pytest.raises(ValueError, match="61 tokens.*60 positions.*max_position_embeddings"):
+        getattr(model.model, stack)(text_of(61))
+
+
+def test_length_that_is_no_multiple_of_a_block_is_an_error_if_not_adaptive():
+    assert model_of(adaptive=False)(text_of(32)).logits.isfinite().all()
+    with pytest.raises(ValueError, match="30 tokens.*block_size=4.*adaptive=True"):
+        model_of(adaptive=False)(text_of(30))
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+def trained(**changes):
+    return model_of(**changes).train()
+
+
+@pytest.mark.parametrize("length", [7, 30])
+@torch.no_grad()
+def test_dropout_is_applied_to_embeddings_and_to_what_each_part_adds(length):
+    """Where all is dropped, each residual stream stays 0, and the last norm leaves its bias."""
+    model, ids = trained(dropout=1.0), text_of(length)
+    states, _ = model.model.encoder(ids)
+    assert_close(states, model.model.encoder.layer_norm.bias.expand_as(states))
+    hidden = model(ids, decoder_input_ids=text_of(6)).last_hidden_state
+    assert_close(hidden, model.model.decoder.layer_norm.bias.expand_as(hidden))
+
+
+@pytest.mark.parametrize("length", [7, 30])
+@torch.no_grad()
+def test_attention_dropout_is_applied_in_all_attentions(length):
+    """Where all is dropped, an attention adds its output bias alone."""
+    model, ids, target = trained(attention_dropout=1.0), text_of(length), text_of(6)
+    actual = model(ids, decoder_input_ids=target)
+    for name, parameter in model.named_parameters():
+        if name.endswith("out_proj.weight"):
+            parameter.zero_()
+    expected = model.eval()(ids, decoder_input_ids=target)
+    assert_close(actual.encoder_last_hidden_state, expected.encoder_last_hidden_state)
+    assert_close(actual.logits, expected.logits)
+
+
+@torch.no_grad()
+def test_activation_dropout_is_applied_in_both_stacks():
+    model, ids, target = trained(activation_dropout=1.0), text_of(30), text_of(6)
+    actual = model(ids, decoder_input_ids=target)
+    for name, parameter in model.named_parameters():
+        if name.endswith("fc2.weight"):
+            parameter.zero_()
+    expected = model.eval()(ids, decoder_input_ids=target)
+    assert_close(actual.encoder_last_hidden_state, expected.encoder_last_hidden_state)
+    assert_close(actual.logits, expected.logits)
+
+
+@torch.no_grad()
+def test_classifier_dropout_is_applied_before_both_layers():
+    model, ids = trained(kind=BarthezForSequenceClassification, classifier_dropout=0.5), text_of(9)
+    inputs = []
+    for layer in model.classification_head.values():
+        layer.register_forward_hook(lambda layer, given, out: inputs.append(given[0]))
+    hidden = model(ids).last_hidden_state[:, 8]
+    first, second = inputs
+    dropped = first == 0
+    assert 0 < dropped.sum() < 12 and 0 < (second == 0).sum() < 12
+    assert_close(first, torch.where(dropped, 0, hidden * 2))
+
+
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout", "activation_dropout"])
+@torch.no_grad()
+def test_half_a_dropout_scales_what_is_left_and_eval_drops_nothing(name):
+    ids, target = text_of(30), text_of(6)
+    plain = model_of()(ids, decoder_input_ids=target).logits
+    model = model_of(**{name: 0.5})
+    assert torch.equal(model(ids, decoder_input_ids=target).logits, plain)
+    first, second = (model.train()(ids, decoder_input_ids=target).logits for _ in range(2))
+    assert first.isfinite().all() and largest_difference(first, second) > 1e-2
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+@torch.no_grad()
+def test_layerdrop_skips_layers_in_training_only(stack):
+    model, ids, target = trained(**{f"{stack}_layerdrop": 1.0}), text_of(30), text_of(6)
+    skipped = model(ids, decoder_input_ids=target).logits
+    whole = model.eval()(ids, decoder_input_ids=target).logits
+    assert_close(whole, model_of()(ids, decoder_input_ids=target).logits)
+    setattr(getattr(model.model, stack), "layers", torch.nn.ModuleList())
+    assert_close(skipped, model(ids, decoder_input_ids=target).logits)
+
+
+@torch.no_grad()
+def test_layerdrop_skips_each_layer_by_itself():
+    model, ids = trained(encoder_layerdrop=0.5, encoder_layers=3), text_of(9)
+    states = {tuple(model.model.encoder(ids)[0][0, 0].tolist()) for _ in range(60)}
+    assert len(states) == 8  # 2 ** 3 choices
+
+
+@pytest.mark.parametrize("kind", ["norm", "lsh"])
+def test_gradient_checkpointing_gives_the_same_gradients(kind):
+    gradients, runs = [], []
+    for saving in False, True:
+        model = trained(sparsity_type=kind, dropout=0.2, attention_dropout=0.2)
+        model.model.encoder.gradient_checkpointing = saving
+        model.model.decoder.gradient_checkpointing = saving
+        count = []
+        for layer in [*model.model.encoder.layers, *model.model.decoder.layers]:
+            layer.fc1.register_forward_hook(lambda *args: count.append(args[0]))
+        torch.manual_seed(6)
+        model(text_of(30), labels=text_of(6, seed=9)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        runs.append(len(count))
+    assert runs == [5, 10]  # each layer runs a second time on the way back
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient, 1e-6)
+
+
+@pytest.mark.parametrize("kind, labels", [
+    (BarthezForConditionalGeneration, text_of(6, seed=9)),
+    (BarthezForSequenceClassification, torch.tensor([1]))])
+def test_every_parameter_learns(kind, labels):
+    model = trained(kind=kind, num_global_tokens=2)
+    model(text_of(30), labels=labels).loss.backward()
+    for name, parameter in model.named_parameters():
+        bias_of_keys = name.endswith("k_proj.bias")  # softmax does not feel it
+        assert bias_of_keys or parameter.grad.abs().max() > 1e-6, name
+
+
+def test_gradients_equal_finite_differences():
+    model = model_of(sparsity_type="pooling").double()
+    ids, labels = text_of(30), text_of(6, seed=9)
+    model(ids, labels=labels).loss.backward()
+    for name in (GLOBALS, "model.shared.weight", "model.encoder.layers.0.self_attn.k_proj.weight",
+                 "model.decoder.layers.1.encoder_attn.v_proj.weight"):
+        parameter = model.get_parameter(name)
+        direction = torch.randn_like(parameter)
+        with torch.no_grad():
+            parameter += 1e-6 * direction
+            above = model(ids, labels=labels).loss
+            parameter -= 2e-6 * direction
+            below = model(ids, labels=labels).loss
+            parameter += 1e-6 * direction
+        assert_close((parameter.grad * direction).sum(), (above - below) / 2e-6, 1e-6)
+
+
+def test_fresh_weights_are_drawn_as_mbart_does():
+    config = BarthezConfig(**SIZES | {"d_model": 96, "vocab_size": 500})
+    model = BarthezForConditionalGeneration(config)
+    init_weights(model, std=0.03)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == name.endswith("weight")).all(), name
+        elif name.endswith("bias"):
+            assert not parameter.any(), name
+        else:
+            rows = parameter[2:] if name == "model.shared.weight" else parameter
+            assert rows.std().item() == pytest.approx(0.03, rel=0.1), name
+    assert not model.model.shared.weight[1].any()  # <pad>

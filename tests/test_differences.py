@@ -1,0 +1,408 @@
+"""What DIFFERENCES.md says of our side, shown on small texts and models.
+
+The original is not needed: where its own numbers matter they are those of goldens/. Differences
+that another file of tests shows anyway are not shown again; the page names the test.
+"""
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+import barthez
+import load_weights
+from conftest import GOLDENS, assert_close
+from load_weights import (GLOBALS, POSITIONS, build_model, convert_to_lsg, load_model,
+                          read_checkpoint)
+from lsg import lsg_attention
+
+ROOT = Path(__file__).parent.parent
+SELECTIONS = "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling"
+EOS, PAD = 2, 1
+every_selection = pytest.mark.parametrize("kind", SELECTIONS)
+new_head = pytest.mark.filterwarnings("ignore:classification_head is not in the checkpoint")
+
+
+def model(architecture=None, lsg=True, dtype=None, **changes):
+    """goldens/plain as an LSG model with blocks of 8; `changes` are keys of its config."""
+    sizes = {"block_size": 8, "sparse_block_size": 8} if lsg else {}
+    return load_model(GOLDENS / "plain", architecture=architecture, lsg=lsg, dtype=dtype,
+                      **sizes | changes)[0]
+
+
+def classifier():
+    """With a head whose logits are far apart."""
+    classifier = model("ForSequenceClassification", num_labels=3)
+    torch.nn.init.normal_(classifier.classification_head["dense"].weight)
+    torch.nn.init.normal_(classifier.classification_head["out_proj"].weight)
+    return classifier
+
+
+def text(length):
+    ids = torch.randint(4, 180, (1, length))
+    ids[0, 0], ids[0, -1] = 0, EOS
+    return ids
+
+
+def padded(ids, length):
+    """The ids with padding up to `length`, and their mask."""
+    mask = torch.ones_like(ids)
+    return (F.pad(x, (0, length - ids.shape[1]), value=fill) for x, fill in ((ids, PAD), (mask, 0)))
+
+
+def golden(name):
+    with safe_open(GOLDENS / "lsg.safetensors", "pt") as file:
+        return file.get_tensor(name)
+
+
+def weights(query, key, **options):
+    """With the identity for values, attention returns its weights (H, T, T)."""
+    H, T = query.shape[1:3]
+    return lsg_attention(query, key, torch.eye(T).expand(1, H, T, T), **options)[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# The page
+
+
+def test_the_page_and_the_tests_name_each_other():
+    page = (ROOT / "DIFFERENCES.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:test_\w+\.py::)?(test_\w+)`", page))
+    tests = {file.name: set(re.findall(r"^def (test_\w+)", file.read_text("utf-8"), re.M))
+             for file in Path(__file__).parent.glob("test_*.py")}
+    assert named <= set().union(*tests.values())
+    assert tests["test_differences.py"] - {"test_the_page_and_the_tests_name_each_other"} <= named
+
+
+# ------------------------------------------------------------------------------------------------
+# Which sparse keys are seen
+
+
+@pytest.mark.parametrize("block_size, sparse_block_size, factor", [
+    (8, 8, 2), (8, 16, 4),  # here the original is right
+    (8, 6, 1), (8, 3, 2),  # … sees no sparse key on the right
+    (8, 5, 1), (8, 4, 1), (8, 2, 2), (64, 16, 2),  # … none at all, or local keys twice
+    (8, 8, 8), (8, 3, 8),  # … two local keys twice
+    (12, 12, 4), (9, 9, 1)])  # … fails
+def test_sparse_keys_lie_just_outside_the_local_window(block_size, sparse_block_size, factor):
+    length = 10 * block_size
+    query, key = torch.randn(2, 1, 1, 1 + length, 16)
+    actual = weights(query, key, block_size=block_size, sparse_block_size=sparse_block_size,
+                     sparsity_factor=factor, sparsity_type="stride")[0]
+    kept = range(0, length, factor)
+    for first in range(0, length, block_size):
+        local = range(max(first - block_size, 0), min(first + 2 * block_size, length))
+        before = [t for t in kept if t < local.start][-sparse_block_size:]
+        after = [t for t in kept if t >= local.stop][:sparse_block_size]
+        seen = [0] + [1 + t for t in (*before, *local, *after)]
+        rows = slice(1 + first, 1 + first + block_size)
+        expected = torch.zeros(block_size, 1 + length)
+        expected[:, seen] = (query[0, 0, rows] @ key[0, 0, seen].T / 4).softmax(-1)
+        assert_close(actual[rows], expected)
+
+
+@every_selection
+@pytest.mark.parametrize("sparse_block_size, factor", [(8, 8), (4, 1), (2, 2)])
+def test_a_short_text_in_a_long_batch_equals_itself_alone(kind, sparse_block_size, factor):
+    encoder = model(sparsity_type=kind, sparse_block_size=sparse_block_size,
+                    sparsity_factor=factor).model.encoder
+    ids = text(12)
+    alone, _ = encoder(ids)
+    batch, _ = encoder(*padded(ids, 40))
+    assert_close(batch[:, :13], alone)
+
+
+@pytest.mark.parametrize("more", [3, 11, 19])
+def test_padding_stays_unseen_by_bos_pooling(more):
+    encoder = model(sparsity_type="bos_pooling").model.encoder
+    ids = text(77)  # itself three tokens short of ten blocks
+    alone, _ = encoder(ids)
+    batch, _ = encoder(*padded(ids, 77 + more))
+    assert_close(batch[:, :78], alone)
+
+
+@pytest.mark.parametrize("block_size, sparse_block_size, factor", [
+    (8, 4, 4), (8, 8, 8), (8, 16, 8), (32, 8, 8)])
+def test_lsh_with_one_key_a_chunk_is_bos_pooling(block_size, sparse_block_size, factor):
+    query, key, value = torch.randn(3, 2, 3, 1 + 5 * block_size, 6)
+    lsh, bos_pooling = (lsg_attention(
+        query, key, value, sparsity_type=kind, block_size=block_size,
+        sparse_block_size=sparse_block_size, sparsity_factor=factor)
+        for kind in ("lsh", "bos_pooling"))
+    assert torch.equal(lsh, bos_pooling)
+
+
+@pytest.mark.parametrize("chunk, filled", [(6, 2), (8, 4)])  # of 3 and of 4 buckets
+def test_of_an_odd_number_of_lsh_buckets_one_stays_empty(chunk, filled):
+    most = 0
+    for _ in range(20):  # draws
+        query, key = torch.randn(2, 1, 1, 1 + 5 * chunk, 16)
+        row = weights(query, key, block_size=chunk, sparse_block_size=chunk, sparsity_factor=2,
+                      sparsity_type="lsh", lsh_num_pre_rounds=0)[0, 1]
+        shares = row[1 + 2 * chunk:1 + 3 * chunk]  # of a chunk beyond the local window
+        most = max(most, len({round(share, 6) for share in shares.tolist()}))
+    assert most == filled  # tokens of one bucket have the same share
+
+
+@pytest.mark.parametrize("kind, seen", [("stride", "xx.." * 2), ("block_stride", "xxxx....")])
+def test_strides_of_more_runs_than_heads_leave_some_tokens_out(kind, seen):
+    query, key = torch.randn(2, 1, 2, 1 + 40, 16)  # two heads, a factor of four
+    by_any = (weights(query, key, sparsity_type=kind, block_size=8, sparse_block_size=8,
+                      sparsity_factor=4) > 0).any(0)
+    for block in range(2, 5):
+        columns = by_any[1, 1 + 8 * block:9 + 8 * block]
+        assert "".join(".x"[x] for x in columns.tolist()) == seen
+
+
+# ------------------------------------------------------------------------------------------------
+# mask_first_token
+
+
+def test_mask_first_token_leaves_the_callers_mask_alone():
+    ids, ones = text(77), torch.ones(1, 77, dtype=torch.long)
+    mask = ones.clone()
+    model(mask_first_token=True)(ids, mask)
+    assert torch.equal(mask, ones)
+
+
+@torch.no_grad()
+def test_mask_first_token_needs_no_mask():
+    ids, labels = golden("inputs/one_77/input_ids"), golden("inputs/one_77/labels")
+    out = model(mask_first_token=True)(ids, labels=labels)
+    # as the original has it where it is given a mask of ones, and has not where it is given none
+    assert_close(out.encoder_last_hidden_state, golden("mask_first/encoder_last_hidden_state"))
+    cases = json.loads((GOLDENS / "lsg.json").read_text())["cases"]
+    losses = {case["name"]: case["loss"] for case in cases}
+    assert out.loss.item() == pytest.approx(losses["mask_first"], abs=1e-5, rel=0)
+    assert abs(out.loss.item() - losses["mask_first_no_mask_given"]) > 1e-3
+
+
+def test_mask_first_token_implies_pool_with_global():
+    ids, cut = text(77), {"mask_first_token": True, "pass_global_tokens_to_decoder": False}
+    pooled, not_pooled = (model(pool_with_global=pool, **cut).model.encoder(ids)[0]
+                          for pool in (True, False))
+    whole, _ = model(mask_first_token=True).model.encoder(ids)  # the global comes first
+    assert torch.equal(pooled, not_pooled)
+    assert_close(pooled, torch.cat([whole[:, :1], whole[:, 2:]], dim=1))
+
+
+def test_a_global_in_the_place_of_a_hidden_token_is_hidden_too():
+    whole = model(mask_first_token=True, pass_global_tokens_to_decoder=False).model
+    states, mask = whole.encoder(text(77))
+    changed = states.clone()
+    changed[:, 0] += 5
+    ids = text(6)
+    before, after = (whole.decoder(ids, whole.decoder.read(x), mask) for x in (states, changed))
+    assert torch.equal(before, after)
+
+
+# ------------------------------------------------------------------------------------------------
+# Lengths and conversion
+
+
+def test_a_text_may_fill_all_positions():
+    ids = text(77)  # padding to whole blocks would need 80
+    all_taken, _ = model(max_position_embeddings=77).model.encoder(ids)
+    some_left, _ = model(max_position_embeddings=100).model.encoder(ids)
+    assert torch.equal(all_taken, some_left)
+
+
+def test_a_text_beyond_the_positions_is_an_error_that_names_them():
+    with pytest.raises(ValueError, match="78 tokens, but the model knows 77 positions"):
+        model(max_position_embeddings=77)(text(78))
+
+
+def test_conversion_changes_positions_and_globals_only():
+    settings, tensors, tokenizer = read_checkpoint(GOLDENS / "plain")
+    before = dict(tensors)
+    convert_to_lsg(settings, tensors, tokenizer, 1500)
+    assert tensors.keys() == before.keys() | {GLOBALS}
+    for name in before.keys() - set(POSITIONS):
+        assert torch.equal(tensors[name], before[name]), name
+
+
+def test_the_converters_seed_decides_what_it_draws(tmp_path, monkeypatch):
+    globals_of = {}
+    for name, seed in ("first", 5), ("again", 5), ("other", 6):
+        monkeypatch.setattr(sys, "argv", [
+            "load_weights.py", str(GOLDENS / "plain"), "--output", str(tmp_path / name),
+            "--random-global-init", "--max-position-embeddings", "1100", "--seed", str(seed)])
+        load_weights.main()
+        globals_of[name] = read_checkpoint(tmp_path / name)[1][GLOBALS]
+    assert torch.equal(globals_of["first"], globals_of["again"])
+    assert not torch.equal(globals_of["first"], globals_of["other"])
+
+
+def test_the_decoder_alone_can_be_loaded_as_a_language_model():
+    ids = text(21)
+    converted, plain = (model("ForCausalLM", lsg=lsg)(ids).logits for lsg in (True, False))
+    assert_close(converted, plain)
+
+
+# ------------------------------------------------------------------------------------------------
+# Options
+
+
+@pytest.mark.parametrize("override, named", [
+    ({"num_global_tokens": 600}, "num_global_tokens=600"),
+    ({"num_global_tokens": 0}, "num_global_tokens=0"),
+    ({"sparsity_factor": 3}, "block_size=8.*sparsity_factor=3"),
+    ({"sparsity_type": "strided"}, "unknown sparsity_type 'strided'"),
+    ({"num_global_token": 5}, "num_global_token")])
+def test_overrides_are_checked(override, named):
+    with pytest.raises(ValueError, match=named):
+        model(**override)
+
+
+def test_the_names_on_the_model_card_are_understood():
+    config = model(attention_probs_dropout_prob=0.25, lsg_num_pre_rounds=3).config
+    assert config.attention_dropout == 0.25 and config.lsh_num_pre_rounds == 3
+
+
+@pytest.mark.parametrize("option", [
+    "head_mask", "inputs_embeds", "output_attentions", "output_hidden_states", "encoder_outputs",
+    "decoder_attention_mask", "return_dict"])
+def test_what_is_not_offered_is_refused(option):
+    with pytest.raises(TypeError, match=option):
+        model()(text(9), **{option: None})
+
+
+def test_the_encoder_alone_returns_its_states_and_their_mask():
+    states, mask = model(num_global_tokens=3).model.encoder(*padded(text(20), 29))
+    assert states.shape == (1, 3 + 29, 24)
+    assert mask.tolist() == [[True] * 23 + [False] * 9]
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in False, True:
+        trained = model().train()  # with dropout
+        for stack in trained.model.encoder, trained.model.decoder:
+            stack.gradient_checkpointing = checkpointing
+        torch.manual_seed(1)
+        ids = text(40)
+        trained(ids, labels=ids[:, -6:]).loss.backward()
+        gradients.append({name: x.grad for name, x in trained.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient, 1e-6)
+    assert gradients[0][GLOBALS][0].abs().max() > 1e-3
+
+
+@every_selection
+def test_every_selection_trains_in_mixed_precision(kind):
+    trained, ids = model(sparsity_type=kind).train(), text(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = trained(ids, labels=ids[:, -6:]).loss
+    loss.backward()
+    gradient = trained.model.encoder.layers[0].self_attn.k_proj.weight.grad
+    assert gradient.isfinite().all() and gradient.abs().max() > 1e-4
+
+
+def test_the_causal_loss_is_not_shifted():
+    ids = text(21)
+    out = model("ForCausalLM")(ids, labels=ids)
+    assert_close(out.loss, F.cross_entropy(out.logits[0], ids[0]))
+
+
+@new_head
+@torch.no_grad()
+def test_texts_may_have_unequal_numbers_of_ends():
+    model, ids = classifier(), text(20).repeat(2, 1)
+    ids[1, 7] = EOS
+    together = model(ids)
+    for row, logits, states in zip(ids, together.logits, together.last_hidden_state):
+        assert_close(model(row[None]).logits[0], logits)
+        hidden = model.classification_head["dense"](states[-1]).tanh()  # the last end decides
+        assert_close(model.classification_head["out_proj"](hidden), logits)
+
+
+@new_head
+@torch.no_grad()
+def test_each_batch_of_labels_decides_its_loss():
+    model, ids = classifier(), text(20)
+    one, several = torch.tensor([2]), torch.tensor([[1.0, 0.0, 1.0]])
+    logits = model(ids).logits
+    assert_close(model(ids, labels=one).loss, F.cross_entropy(logits, one))
+    assert_close(model(ids, labels=several).loss,
+                 F.binary_cross_entropy_with_logits(logits, several))
+
+
+# ------------------------------------------------------------------------------------------------
+# Numbers
+
+
+@torch.no_grad()
+def test_a_row_of_padding_alone_is_finite_and_harms_no_other():
+    ids, mask = text(20).repeat(2, 1), torch.ones(2, 20)
+    mask[1] = 0
+    for encoder in model(lsg=False).model.encoder, model().model.encoder:
+        states, _ = encoder(ids, mask)
+        assert states.isfinite().all()
+        assert_close(states[:1], encoder(ids[:1])[0])
+
+
+def test_beams_are_scored_in_single_precision(monkeypatch):
+    seen, constrain = [], barthez.constrain
+    monkeypatch.setattr(barthez, "constrain", lambda log_probs, *rest: (
+        seen.append(log_probs.dtype), constrain(log_probs, *rest))[1])
+    model(dtype=torch.bfloat16).generate(text(20), max_length=6)
+    assert seen and set(seen) == {torch.float32}
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_nothing_is_imported_but_torch_and_the_readers_of_files():
+    files = ("lsg", "barthez", "tokenizer", "load_weights")
+    imported = set()
+    for name in files:
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+    assert imported - set(sys.stdlib_module_names) - set(files) == {
+        "torch", "safetensors", "sentencepiece"}
+
+
+class Intruder:
+    """Pickled, it is a call that makes the file `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    for name in "config.json", "sentencepiece.bpe.model":
+        (tmp_path / name).write_bytes((GOLDENS / "plain" / name).read_bytes())
+    mark = tmp_path / "mark"
+    torch.save({"model.shared.weight": Intruder(mark)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin"):
+        load_model(tmp_path)
+    assert not mark.exists()
+
+
+def test_weights_that_do_not_fit_are_an_error_that_names_them_all():
+    settings, tensors, _ = read_checkpoint(GOLDENS / "plain")
+    tensors["model.encoder.layers.7.fc1.weight"] = tensors.pop("model.encoder.layers.1.fc1.weight")
+    tensors["model.decoder.layer_norm.bias"] = torch.zeros(5)
+    with pytest.raises(ValueError) as error:
+        build_model(settings, tensors, lsg=False)
+    for fault in ("missing model.encoder.layers.1.fc1.weight",
+                  "unexpected model.encoder.layers.7.fc1.weight",
+                  "model.decoder.layer_norm.bias has shape (5,) instead of (24,)"):
+        assert fault in str(error.value)

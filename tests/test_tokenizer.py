@@ -1,0 +1,276 @@
+"""The tokenizer: the original's ids and texts, French typography, batches and mistakes."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import GOLDENS
+from tokenizer import SPECIAL_TOKENS, BarthezTokenizer
+
+MODEL_FILE = GOLDENS / "plain" / "sentencepiece.bpe.model"
+RECORDED = json.loads((GOLDENS / "tokenizer.json").read_text())
+TOKENIZER = BarthezTokenizer(MODEL_FILE)
+
+
+# ------------------------------------------------------------------------------------------------
+# The original's ids and texts
+
+
+def test_the_vocabulary_has_the_originals_size():
+    assert len(TOKENIZER) == RECORDED["vocab_size"]
+
+
+def test_encode_equals_the_original():
+    assert [[text, TOKENIZER.encode(text)] for text, _ in RECORDED["encode"]] == RECORDED["encode"]
+
+
+def test_pairs_equal_the_original():
+    assert [[*pair, TOKENIZER.encode(*pair)] for *pair, _ in RECORDED["pairs"]] == RECORDED["pairs"]
+
+
+def test_decode_equals_the_original_without_its_clean_up():
+    assert RECORDED["decode"] == [
+        [ids, TOKENIZER.decode(ids, skip_special_tokens=False), TOKENIZER.decode(ids)]
+        for ids, *_ in RECORDED["decode"]]
+
+
+def departure(arguments):
+    """Why our answer to a call differs from the original's, or None.
+
+    Ours is always a tensor (the original's is a list), and max_length a promise.
+    """
+    texts = arguments["text"]
+    length, several = arguments.get("max_length"), isinstance(texts, list)
+    rows = [len(TOKENIZER.encode(text)) for text in (texts if several else [texts])]
+    if arguments.get("truncation") and "text_pair" not in arguments:
+        if length == 2 and max(rows) > 2:
+            return "the original leaves a text whole where only <s> and </s> have room"
+        if arguments.get("pad_to_multiple_of"):
+            return "the original refuses a max_length that is no multiple, ours rounds it up"
+        rows = [min(row, length) for row in rows]
+    padding = arguments.get("padding")
+    if several and not padding and len(set(rows)) > 1:
+        return "rows of different lengths make no tensor"
+    if several and padding == "max_length" and max(rows) > length:
+        return "the original pads each text by itself, into rows of different lengths"
+
+
+def call(arguments):
+    arguments = dict(arguments)
+    return TOKENIZER(arguments.pop("text"), arguments.pop("text_pair", None), **arguments)
+
+
+@pytest.mark.parametrize("case", [case for case in RECORDED["call"]
+                                  if not departure(case["arguments"])],
+                         ids=lambda case: str(list(case["arguments"].values())[1:]))
+def test_a_call_equals_the_original(case):
+    batch = call(case["arguments"])
+    for name in ("input_ids", "attention_mask"):
+        assert batch[name].dtype == torch.int64
+        expected = case[name] if isinstance(case["arguments"]["text"], list) else [case[name]]
+        assert batch[name].tolist() == expected
+
+
+def test_a_call_that_departs_from_the_original_does():
+    cases = [case for case in RECORDED["call"] if departure(case["arguments"])]
+    assert len({departure(case["arguments"]) for case in cases}) == 4
+    for case in cases:
+        try:
+            batch = call(case["arguments"])
+        except ValueError:
+            assert len(set(map(len, case["input_ids"]))) > 1
+            continue
+        rows, whole = batch["input_ids"].tolist(), case.get("input_ids")
+        assert rows != (whole if isinstance(case["arguments"]["text"], list) else [whole])
+
+
+# ------------------------------------------------------------------------------------------------
+# French
+
+
+@pytest.mark.parametrize("text", [
+    "Où est-elle ?", "à l'hôpital !", "Il l’a dit : oui ; non.", "« Bonjour », dit-il...",
+    "L’été dernier, l'œuvre du cœur a coûté 12 345 zéros (67 %).", "n’est-ce pas ? Oui, bien sûr !",
+    "a , b . c ? d ! n't 's 've"])
+def test_typography_survives(text):
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+def test_nfkc_is_what_the_published_model_does_to_a_text():
+    assert TOKENIZER.decode(TOKENIZER.encode("e\u0301te\u0301\u00a0! …")) == "été ! ..."
+
+
+KNOWN = "".join(sorted({TOKENIZER.pieces.id_to_piece(id) for id in range(len(TOKENIZER) - 1)
+                        if len(TOKENIZER.pieces.id_to_piece(id)) == 1} - {"▁", "<", ">"}))
+words = st.lists(st.text(KNOWN, min_size=1, max_size=8), min_size=1, max_size=6)
+
+
+@given(words)
+def test_a_text_of_known_characters_comes_back(words):
+    text = " ".join(words)
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.unk_token_id not in ids
+    assert TOKENIZER.decode(ids) == text
+
+
+@given(words)
+def test_any_white_space_between_words_is_one_space(words):
+    text = "\n " + " \t\u00a0".join(words) + "  "
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == " ".join(words)
+
+
+@given(words, st.sampled_from(SPECIAL_TOKENS), words)
+def test_a_special_token_in_a_text_parts_it(before, token, after):
+    ids = TOKENIZER.encode(f"{' '.join(before)} {token} {' '.join(after)}")
+    place = 1 + ids[1:-1].index(TOKENIZER.special_ids[token])
+    assert TOKENIZER.decode(ids[:place]) == " ".join(before)
+    assert TOKENIZER.decode(ids[place:]) == " ".join(after)
+    assert TOKENIZER.decode(ids) == " ".join(before + after)
+
+
+# ------------------------------------------------------------------------------------------------
+# Ids and special tokens
+
+
+def test_special_ids_are_the_published_ones():
+    assert TOKENIZER.special_ids == {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 180}
+    assert [TOKENIZER.bos_token_id, TOKENIZER.pad_token_id, TOKENIZER.eos_token_id,
+            TOKENIZER.unk_token_id, TOKENIZER.mask_token_id] == [0, 1, 2, 3, 180]
+
+
+def test_mask_takes_along_the_space_before_it_only():
+    bare = TOKENIZER.encode("le meilleur<mask>du monde")
+    assert bare == TOKENIZER.encode("le meilleur <mask>du monde")
+    assert bare == TOKENIZER.encode("le meilleur  \n<mask> du monde")
+    assert bare.count(TOKENIZER.mask_token_id) == 1
+
+
+def test_a_mask_that_is_no_piece_comes_behind_the_last(tmp_path):
+    piece = b"\n\x0f\n\x06<mask>\x15\0\0\0\0\x18\x03"  # see make_goldens.py
+    data = MODEL_FILE.read_bytes()
+    assert data.endswith(piece)
+    (tmp_path / "spm").write_bytes(data.removesuffix(piece))
+    tokenizer = BarthezTokenizer(str(tmp_path / "spm"))
+    assert len(tokenizer) == len(TOKENIZER) and tokenizer.mask_token_id == 180
+    text = "Barthez est le meilleur <mask> du monde."
+    assert tokenizer.encode(text) == TOKENIZER.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text), False) == TOKENIZER.decode(
+        TOKENIZER.encode(text), False)
+
+
+def test_decode_takes_lists_and_tensors():
+    ids = TOKENIZER.encode("L’été dernier")
+    for form in ids, tuple(ids), torch.tensor(ids), torch.tensor(ids).int():
+        assert TOKENIZER.decode(form) == "L’été dernier"
+    for nothing in [], torch.tensor([]):
+        assert TOKENIZER.decode(nothing) == ""
+
+
+def test_decode_shows_special_tokens_when_asked():
+    ids = TOKENIZER.encode("Où ?", "Ici !")
+    assert TOKENIZER.decode(ids, skip_special_tokens=False) == "<s> Où ?</s></s> Ici !</s>"
+    assert TOKENIZER.decode(ids) == "Où ? Ici !"
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches
+
+LONG, SHORT = "Le château, la fenêtre, l'île, le goût.", "Zoé."
+WIDTH, LITTLE = len(TOKENIZER.encode(LONG)), len(TOKENIZER.encode(SHORT))
+
+
+def test_one_text_is_a_batch_of_one():
+    batch = TOKENIZER(SHORT)
+    assert batch["input_ids"].tolist() == [TOKENIZER.encode(SHORT)]
+    assert batch["attention_mask"].tolist() == [[1] * LITTLE]
+
+
+@pytest.mark.parametrize("options, width", [
+    ({"padding": True}, WIDTH),
+    ({"padding": "longest", "pad_to_multiple_of": 16}, -(-WIDTH // 16) * 16),
+    ({"padding": "max_length", "max_length": WIDTH + 3}, WIDTH + 3),
+    ({"padding": "max_length", "max_length": WIDTH + 3, "pad_to_multiple_of": 7},
+     -(-(WIDTH + 3) // 7) * 7),
+    ({"padding": True, "truncation": True, "max_length": LITTLE + 2}, LITTLE + 2),
+    ({"padding": "max_length", "truncation": True, "max_length": LITTLE + 2}, LITTLE + 2)])
+def test_padding_follows_the_text_and_is_masked(options, width):
+    batch = TOKENIZER([SHORT, LONG], **options)
+    ids, long = TOKENIZER.encode(SHORT), TOKENIZER.encode(LONG)
+    seen = min(WIDTH, width)
+    assert batch["input_ids"].tolist() == [
+        ids + [1] * (width - LITTLE), long[:seen - 1] + [2] + [1] * (width - seen)]
+    assert batch["attention_mask"].tolist() == [
+        [1] * LITTLE + [0] * (width - LITTLE), [1] * seen + [0] * (width - seen)]
+
+
+@given(st.text("aé ", max_size=30), st.text("aé ", max_size=30), st.integers(4, 40))
+def test_truncation_keeps_the_beginnings_and_takes_from_the_longer(first, second, limit):
+    ids, pair_ids = TOKENIZER.encode(first)[1:-1], TOKENIZER.encode(second)[1:-1]
+    cut = TOKENIZER.encode(first, second, max_length=limit)
+    assert len(cut) == min(limit, len(ids) + len(pair_ids) + 4)
+    end = cut.index(2)
+    kept, pair_kept = cut[1:end], cut[end + 2:-1]
+    assert cut == [0, *kept, 2, 2, *pair_kept, 2]
+    assert kept == ids[:len(kept)] and pair_kept == pair_ids[:len(pair_kept)]
+    if len(kept) < len(ids):  # what was cut is not shorter than the other, but for one token
+        assert len(kept) >= len(pair_kept) - 1
+    if len(pair_kept) < len(pair_ids):
+        assert len(pair_kept) >= len(kept) - 1
+
+
+def test_truncation_without_a_limit_cuts_at_the_models():
+    tokenizer = BarthezTokenizer(MODEL_FILE, model_max_length=5)
+    assert tokenizer(LONG, truncation=True)["input_ids"].tolist() == [
+        TOKENIZER.encode(LONG)[:4] + [2]]
+    assert tokenizer(SHORT, padding="max_length", truncation=True)["input_ids"].shape == (1, 5)
+    assert tokenizer(LONG)["input_ids"].shape == (1, WIDTH)
+
+
+def test_pairs_come_one_for_each_text():
+    batch = TOKENIZER([SHORT, LONG], [LONG, SHORT], padding=True)
+    assert batch["input_ids"].tolist() == [TOKENIZER.encode(SHORT, LONG),
+                                           TOKENIZER.encode(LONG, SHORT)]
+    assert TOKENIZER(SHORT, LONG)["input_ids"].tolist() == [TOKENIZER.encode(SHORT, LONG)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.model"):
+        BarthezTokenizer(tmp_path / "nothing.model")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        BarthezTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", MODEL_FILE.read_bytes()[:1000],
+                                  b"version https://git-lfs.github.com/spec/v1\n"],
+                         ids=["empty", "text", "truncated", "pointer"])
+def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path, data):
+    (tmp_path / "spm.model").write_bytes(data)
+    with pytest.raises(ValueError, match="spm.model is not a SentencePiece model"):
+        BarthezTokenizer(tmp_path / "spm.model")
+
+
+@pytest.mark.parametrize("pair, least", [(None, 2), ("b", 4)])
+def test_a_max_length_without_room_is_an_error_that_names_it(pair, least):
+    assert TOKENIZER.encode("a", pair, max_length=least) == [0, 2, 2, 2][:least]
+    with pytest.raises(ValueError, match=f"max_length={least - 1}"):
+        TOKENIZER.encode("a", pair, max_length=least - 1)
+    with pytest.raises(ValueError, match=f"max_length={least - 1}"):
+        TOKENIZER("a", pair, truncation=True, max_length=least - 1)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"truncation": True}, "give max_length"),
+    ({"padding": "max_length"}, "give max_length"),
+    ({"padding": "left"}, "padding='left'"),
+    ({"pair": ["a"]}, "2 texts, but 1 pairs"),
+    ({}, "padding=True")])
+def test_an_impossible_batch_is_an_error_that_says_why(options, message):
+    with pytest.raises(ValueError, match=message):
+        TOKENIZER([SHORT, LONG], **options)

@@ -1,0 +1,131 @@
+"""train.py: what it feeds the model, that it learns, and that a killed run loses nothing."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from conftest import GOLDENS, assert_close
+from tokenizer import BarthezTokenizer
+
+ROOT = Path(__file__).parent.parent
+SENTENCES = ["Le ministre est à Paris.", "Les élèves sont dans la rue.", "Il a signé un accord.",
+             "La ville a fermé ses écoles.", "Elle est partie en train."]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    rng = random.Random(3)
+    with open(tmp_path / "pairs.jsonl", "w") as file:
+        for _ in range(24):
+            document = rng.choices(SENTENCES, k=rng.randrange(1, 5))
+            print(json.dumps({"document": " ".join(document), "summary": document[0]}), file=file)
+    return tmp_path / "pairs.jsonl"
+
+
+def run(pairs, output, *options, launcher=()):
+    """Train the toy model; returns its weights."""
+    arguments = ["train.py", "--model", GOLDENS / "plain", "--train", pairs, "--output", output,
+                 "--batch-tokens", 300, "--learning-rate", 1e-3, "--warmup", 2, "--set",
+                 "max_position_embeddings=256", "block_size=8", "sparse_block_size=8", *options]
+    if launcher:
+        subprocess.run([sys.executable, "-m", *launcher, *map(str, arguments)], cwd=ROOT, check=True,
+                       capture_output=True, timeout=120)
+    else:
+        old, sys.argv = sys.argv, list(map(str, arguments))
+        try:
+            train.main()
+        finally:
+            sys.argv = old
+    return load_file(output / "model.safetensors")
+
+
+def same(a, b, tolerance=0.0):
+    """Equal weights; a tolerance leaves out biases of keys, whose gradients are rounding alone."""
+    assert a.keys() == b.keys()
+    for name in a:
+        if not (tolerance and name.endswith("k_proj.bias")):
+            assert_close(a[name], b[name], tolerance)
+
+
+def test_a_killed_run_goes_on_to_the_same_result(pairs, tmp_path, monkeypatch):
+    options = "--steps", 6, "--evaluate-every", 2, "--precision", "float32"
+    whole = run(pairs, tmp_path / "whole", *options)
+
+    def killed(arguments, model, tokenizer, held_out, autocast, step):
+        if step == 4:
+            raise KeyboardInterrupt
+        return step
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "evaluate", killed)
+        run(pairs, tmp_path / "killed", *options)
+    same(run(pairs, tmp_path / "killed", *options), whole)
+
+
+def test_accumulated_batches_count_as_one(pairs, tmp_path):
+    options = "--steps", 2, "--precision", "float32", "--batch-tokens"
+    dropout = "dropout=0.0", "attention_dropout=0.0", "activation_dropout=0.0"
+    once = run(pairs, tmp_path / "once", *dropout, *options, 100000)
+    lengths = train.Pairs(train.read_lines(pairs, "document"), BarthezTokenizer(
+        GOLDENS / "plain" / "sentencepiece.bpe.model"), None, None).lengths
+    several = len(train.batches(lengths, 400, random.Random("1 0")))
+    assert several > 2
+    same(run(pairs, tmp_path / "several", *dropout, *options, 400, "--accumulate", several),
+         once, 3e-4)
+
+
+def test_two_processes_train_as_one_that_accumulates(pairs, tmp_path):
+    options = ["--steps", 2, "--precision", "float32", "dropout=0.0"]
+    options = ["dropout=0.0", "attention_dropout=0.0", "activation_dropout=0.0", *options[:4]]
+    two = run(pairs, tmp_path / "two", *options, launcher=(
+        "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541"))
+    same(two, run(pairs, tmp_path / "one", *options, "--accumulate", 2), 3e-4)
+
+
+def test_only_the_global_embeddings_change_if_asked(pairs, tmp_path):
+    before = run(pairs, tmp_path / "a", "--steps", 1, "--learning-rate", 0, "--precision", "float32")
+    after = run(pairs, tmp_path / "b", "--steps", 2, "--only-global-embeddings",
+                "--weight-decay", 0, "--precision", "float32")
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert changed == {"model.encoder.global_embeddings.weight"}
+
+
+def test_pretraining_restores_what_noise_leaves(pairs, tmp_path):
+    tokenizer = BarthezTokenizer(GOLDENS / "plain" / "sentencepiece.bpe.model")
+    records = [{"document": " ".join(SENTENCES)}]
+    data = train.Infilling(records, tokenizer, 300)
+    noisy, target = data.pair(0, random.Random(1))
+    assert tokenizer.decode(target) == " ".join(SENTENCES)
+    masks = noisy.count(tokenizer.mask_token_id)
+    kept = len(noisy) - 2 - masks
+    assert masks > 3 and 0.55 < kept / (len(target) - 2) < 0.8
+    assert set(noisy) <= set(target) | {tokenizer.mask_token_id}
+
+
+def test_batches_hold_every_pair_once_and_keep_their_size():
+    lengths = [random.Random(i).randrange(5, 90) for i in range(200)]
+    groups = train.batches(lengths, 300, random.Random(0))
+    assert sorted(i for group in groups for i in group) == list(range(200))
+    assert max(len(group) * max(lengths[i] for i in group) for group in groups) <= 300
+
+
+def test_rouge_by_hand():
+    assert train.rouge("le chat dort", "le chat mange") == pytest.approx((2 / 3, 1 / 2, 2 / 3))
+    assert train.rouge("a b c d", "d c b a") == pytest.approx((1, 0, 1 / 4))
+    assert train.rouge("L’été !", "l’été") == pytest.approx((1, 1, 1))
+    assert train.rouge("", "mot") == (0, 0, 0)
+
+
+@pytest.mark.parametrize("line, said", [
+    ("", "empty"), ("{", "line 1"), ('{"document": 3}', "line 1"), ('["a"]', "line 1")])
+def test_a_file_of_pairs_that_cannot_be_read(tmp_path, line, said):
+    (tmp_path / "bad.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=said):
+        train.read_lines(tmp_path / "bad.jsonl", "document", "summary")
