@@ -62,7 +62,7 @@ if __name__ == "__main__":
     arguments = parse_arguments()
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 
 import torch
@@ -173,6 +173,10 @@ class BarthezConfig:
         labels = settings.get("num_labels", len(settings.get("id2label") or "ab"))
         if len(settings.get("id2label") or ()) != labels:
             settings["id2label"] = {i: f"LABEL_{i}" for i in range(labels)}
+        missing = [f.name for f in fields(cls)
+                   if f.name not in settings and f.default is f.default_factory is MISSING]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} missing")
         known = {f.name for f in fields(cls)}
         return cls(**{key: value for key, value in settings.items() if key in known})
 
@@ -437,6 +441,7 @@ def init_weights(model, std):
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+    for module in model.modules():  # last, since a head may share the embedding's matrix
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             nn.init.zeros_(module.weight.data[module.padding_idx])
 
@@ -777,12 +782,11 @@ def load(arguments, task):
 
 def summarize(model, tokenizer, name, text, max_source_length=None):
     """The summary of a text; `name` is what a notice calls it."""
-    limit = min(max_source_length or tokenizer.model_max_length, tokenizer.model_max_length)
-    ids = tokenizer.encode(text)
-    if len(ids) > limit:
-        print(f"{name}: {len(ids):,} tokens, of which the first {limit:,} are read; "
-              f"--max-source-length {len(ids)} reads all", file=sys.stderr)
-        ids = tokenizer.encode(text, max_length=limit)
+    whole = tokenizer.encode(text)
+    ids = tokenizer.encode(text, max_length=max_source_length or tokenizer.model_max_length)
+    if len(ids) < len(whole):
+        print(f"{name}: {len(whole):,} tokens, of which the first {len(ids):,} are read; "
+              f"--max-source-length {len(whole)} reads all", file=sys.stderr)
 
     def progress(step, steps):
         print(f"\r{name}: {len(ids):,} tokens read, {step} of up to {steps} written", end="",

@@ -73,15 +73,17 @@ def load_model(source, *, revision=None, architecture=None, device=None, dtype=N
     overrides: config keys, such as sparsity_type="pooling" or num_global_tokens=16.
     Raises ValueError or OSError with what is wrong and what to do.
     """
-    settings, tensors, tokenizer = read_checkpoint(source, revision)
     overrides = {ALIASES.get(key, key): value for key, value in overrides.items()}
     unknown = overrides.keys() - {field.name for field in fields(BarthezConfig)} - {"num_labels"}
     if unknown:
         raise ValueError(f"no key of config.json: {', '.join(sorted(unknown))}")
+    settings, tensors, tokenizer = read_checkpoint(source, revision, architecture)
+    if overrides.keys() & {"num_labels", "id2label"}:  # either implies the other
+        settings = {key: settings[key] for key in settings.keys() - {"num_labels", "id2label"}}
     positions = overrides.get("max_position_embeddings")
     if lsg and GLOBALS not in tensors and POSITIONS[0] in tensors:
-        convert_to_lsg(settings, tensors, tokenizer, positions or 4096)
-    elif positions:
+        convert_to_lsg(settings, tensors, tokenizer, 4096 if positions is None else positions)
+    elif positions is not None:
         resize_positions(settings, tensors, positions)
     model = build_model(settings | overrides, tensors, architecture, lsg)
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -92,19 +94,28 @@ def load_model(source, *, revision=None, architecture=None, device=None, dtype=N
 # Reading
 
 
-def read_checkpoint(source, revision=None):
-    """The settings (dict), tensors (dict by name) and tokenizer of a checkpoint."""
-    files = find_files(source, revision)
-    settings = read_json(files["config.json"])
-    if "generation_config.json" in files:  # where newer checkpoints keep their settings of generate
-        settings |= read_json(files["generation_config.json"])
-    try:
-        BarthezConfig.from_dict(settings)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{files['config.json']} is not an mBART's: {error}") from None
+def read_checkpoint(source, revision=None, architecture=None):
+    """The settings (dict), tensors (dict by name) and tokenizer of a checkpoint, which fit together.
+
+    The embeddings' matrix stands under the first of its names, whatever the file calls it.
+    """
+    files, settings = find_files(source, revision), {}
+    for name in ("config.json", "generation_config.json"):  # newer checkpoints have both
+        if name in files:
+            settings |= read_json(files[name])
+            try:
+                config = BarthezConfig.from_dict(settings)
+            except (TypeError, ValueError, AttributeError) as error:
+                raise ValueError(f"{files[name]} does not describe an mBART: {error}") from None
     tensors = read_tensors(files["weights"])
     if "shared.weight" in tensors or "encoder.layer_norm.weight" in tensors:  # saved without a head
         tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    copies = [tensors.pop(name) for name in tied_names(config) if name in tensors]
+    if copies:
+        tensors[EMBEDDINGS[0]] = copies[0]
+    faults = misfits(lay_out(settings, architecture, GLOBALS in tensors), tensors)
+    if faults:
+        raise ValueError(f"{files['weights']} does not fit its config.json: {faults}")
     return settings, tensors, BarthezTokenizer(files["sentencepiece.bpe.model"])
 
 
@@ -177,14 +188,17 @@ def read_tensors(path):
         if path.suffix == ".safetensors":
             return load_file(path)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files of torch before 1.6 are no archives, and cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in dict(tensors).values()):
+            raise ValueError("it holds other things than tensors")
+        return tensors
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load has no error of its own for a damaged file
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}): fetch it again") from None
+        raise ValueError(f"{path} is damaged or no checkpoint ({reason}): fetch it again") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -202,7 +216,7 @@ def convert_to_lsg(settings, tensors, tokenizer, max_position_embeddings=4096, *
     keep_first_global, resize_lsg: of an LSG model, keep the first global token, or all.
     """
     if not (GLOBALS in tensors and resize_lsg):
-        shared = next(tensors[name] for name in EMBEDDINGS if name in tensors)
+        shared = tensors[EMBEDDINGS[0]]
         words = shared[tokenizer.mask_token_id].repeat(512, 1)
         if random_global_init:
             words = torch.distributions.MultivariateNormal(
@@ -246,42 +260,60 @@ def resize_positions(settings, tensors, max_position_embeddings):
 # Building
 
 
-def build_model(settings, tensors, architecture=None, lsg=True):
-    """The model that the settings describe, with these tensors for weights.
-
-    The module is laid out without memory; the tensors of the file become its parameters as they
-    are. A head that the file lacks is initialised, with a warning: it needs training.
-    """
+def lay_out(settings, architecture, lsg):
+    """The model that the settings describe, without memory for its weights."""
     name = architecture or (settings.get("architectures") or ["ForConditionalGeneration"])[0]
     model_class = ARCHITECTURES.get(name.removeprefix("LSG").removeprefix("MBart"))
     if model_class is None:
         raise ValueError(f"unknown architecture {name!r}: choose one of {', '.join(ARCHITECTURES)}")
     with torch.device("meta"):
-        model = model_class(BarthezConfig.from_dict(settings | {"lsg": lsg}))
-    prefix = "model." if model_class is barthez.BarthezModel else ""
-    expected = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+        return model_class(BarthezConfig.from_dict(settings | {"lsg": lsg}))
 
-    tied = EMBEDDINGS if model.config.tie_word_embeddings else EMBEDDINGS[:3]
-    embedding = next((torch.nn.Parameter(tensors[name]) for name in tied if name in tensors), None)
-    found = {name: tensor for name, tensor in tensors.items() if name in expected}
-    found |= {name: embedding for name in tied if name in expected and embedding is not None}
-    # A checkpoint for another task: what only that task needs is left behind.
-    spare = {name for name in tensors if name.startswith(HEADS + EMBEDDINGS) or
-             name == GLOBALS or "model.encoder.layers.0.fc1.weight" not in expected}
-    new = {name: tensor for name, tensor in expected.items()
-           if name not in found and name.startswith(HEADS)}
-    faults = [f"missing {name}" for name in expected.keys() - found.keys() - new.keys()]
-    faults += [f"unexpected {name}" for name in tensors.keys() - expected.keys() - spare]
-    faults += [f"{name} has shape {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
-               for name in found if found[name].shape != expected[name].shape]
-    faults += [f"{name} is {tensor.dtype}" for name, tensor in found.items()
-               if not tensor.is_floating_point()]
-    if faults:
-        raise ValueError("the weights do not fit config.json: " + "; ".join(sorted(faults)))
 
-    found |= {name: torch.zeros(tensor.shape) for name, tensor in new.items()}
-    model.load_state_dict({name.removeprefix(prefix): found[name] for name in expected}, assign=True)
-    for name in {name.partition(".")[0] for name in new} - {"final_logits_bias"}:
+def weights_of(model):
+    """The weights of a model, {name: tensor}, under the names of a model with a head."""
+    prefix = "model." if isinstance(model, barthez.BarthezModel) else ""
+    return {prefix + name: tensor for name, tensor in model.state_dict().items()}
+
+
+def tied_names(config):
+    return EMBEDDINGS if config.tie_word_embeddings else EMBEDDINGS[:3]
+
+
+def misfits(model, tensors):
+    """All that is missing, unexpected or misshapen, in words; "" if everything fits.
+
+    A checkpoint may be one for another task: what only that task needs is left behind, and the
+    model's own head may be missing.
+    """
+    tied, expected = tied_names(model.config), weights_of(model)
+    wanted = {EMBEDDINGS[0] if name in tied else name: t for name, t in expected.items()}
+    faults = [f"missing {name}" for name in wanted.keys() - tensors.keys()
+              if not name.startswith(HEADS)]
+    faults += [f"unexpected {name}" for name in tensors.keys() - wanted.keys()
+               if not (name.startswith(HEADS) or name == GLOBALS
+                       or name.startswith("model.encoder.") and POSITIONS[0] not in wanted)]
+    faults += [f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(t.shape)}"
+               for name, t in wanted.items() if name in tensors and tensors[name].shape != t.shape]
+    faults += [f"{name} is {t.dtype}" for name, t in tensors.items() if not t.is_floating_point()]
+    return "; ".join(sorted(faults))
+
+
+def build_model(settings, tensors, architecture=None, lsg=True):
+    """The model that the settings describe, whose parameters are the tensors of the file.
+
+    A head that the file lacks is initialised, with a warning: it needs training.
+    """
+    model = lay_out(settings, architecture, lsg)
+    if faults := misfits(model, tensors):
+        raise ValueError(f"the weights do not fit the configuration: {faults}")
+    tied, expected = tied_names(model.config), weights_of(model)
+    shared = torch.nn.Parameter(tensors[EMBEDDINGS[0]])
+    found = {name: shared if name in tied else tensors.get(name) for name in expected}
+    new = [name for name in found if found[name] is None]
+    found |= {name: shared.new_zeros(expected[name].shape).detach() for name in new}
+    model.load_state_dict(dict(zip(model.state_dict(), found.values())), assign=True)
+    for name in sorted({name.partition(".")[0] for name in new} - {"final_logits_bias"}):
         warnings.warn(f"{name} is not in the checkpoint: it is initialised, and needs training")
         init_weights(model.get_submodule(name), model.config.init_std)
     return model
@@ -309,11 +341,9 @@ def save_model(model, tokenizer, folder):
 
     (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    first = "shared.weight" if suffix == "Model" else "model.shared.weight"
-    tied = EMBEDDINGS if config.tie_word_embeddings else EMBEDDINGS[:3]
-    for name in tied if first in tensors else tied[2:3]:
-        if name != first:
-            tensors.pop(name if first.startswith("model.") else name.removeprefix("model."), None)
+    names = [name for name in weights_of(model) if name in tied_names(config)]
+    for name in sorted(names, key=EMBEDDINGS.index)[1:]:  # one copy is enough
+        del tensors[name if suffix != "Model" else name.removeprefix("model.")]
     written = folder / "model.safetensors.incomplete"
     save_file(tensors, written, metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", written)  # save_file lets nobody else read it
