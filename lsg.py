@@ -160,10 +160,11 @@ def select(first_query, key, value, visible, block_size, chunk, factor, sparsity
 
 def take(key, value, visible, index):
     """The keys at `index` (B or 1, H, S), with their values and their share of the mask."""
-    B, H, _, _ = key.shape
+    B, H, length, _ = key.shape
     index = index.expand(B, H, -1)
-    key, value = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
-                  for x in (key, value))
+    # With all heads end to end, whole rows are looked up, which is far faster than `gather`.
+    rows = index + torch.arange(0, B * H * length, length, device=key.device).view(B, H, 1)
+    key, value = (F.embedding(rows, x.flatten(0, 2)) for x in (key, value))
     return key, value, visible.expand(-1, H, -1).gather(2, index)
 
 
@@ -196,23 +197,22 @@ def block_stride(key, block_size, factor):
 def pooling(key, value, visible, factor):
     """pooling: the mean of every `factor` neighbours, padding left out."""
     seen = visible.unflatten(2, (-1, factor))  # (B, 1, S, factor)
-    count = seen.sum(-1)[..., None]
-
-    def mean(x):
-        return (x.unflatten(2, (-1, factor)) * seen[..., None]).sum(3) / (count + 1e-6)
-
-    return (mean(key).to(key.dtype), mean(value).to(value.dtype),
-            seen.any(-1).expand(-1, key.shape[1], -1))
+    weight = (seen / (seen.sum(-1, keepdim=True) + 1e-6)).to(key.dtype)
+    return blend(key, weight), blend(value, weight), seen.any(-1).expand(-1, key.shape[1], -1)
 
 
 def bos_pooling(first_query, key, value, visible, factor):
     """bos_pooling: the mean of `factor` neighbours, weighted by what the text's first query sees."""
     seen, D = visible.unflatten(2, (-1, factor)), key.shape[-1]
-    key, value = (x.unflatten(2, (-1, factor)) for x in (key, value))  # (B, H, S, factor, D)
-    score = torch.einsum("bhd,bhsfd->bhsf", first_query, key) / math.sqrt(D)
-    weight = score.masked_fill(~seen, torch.finfo(score.dtype).min).softmax(-1)
-    key, value = (torch.einsum("bhsf,bhsfd->bhsd", weight, x) for x in (key, value))
-    return key, value, seen.any(-1).expand(-1, key.shape[1], -1)
+    score = (key @ first_query[..., None] / math.sqrt(D)).view(*key.shape[:2], -1, factor)
+    weight = score.masked_fill(~seen, torch.finfo(score.dtype).min).softmax(-1)  # (B, H, S, factor)
+    return blend(key, weight), blend(value, weight), seen.any(-1).expand(-1, key.shape[1], -1)
+
+
+def blend(x, weight):
+    """Weighted sums of neighbours: x (B, H, length, D), weight (B, H or 1, S, factor)."""
+    factor = weight.shape[-1]
+    return sum(weight[..., i, None] * x[:, :, i::factor] for i in range(factor))  # (B, H, S, D)
 
 
 def lsh(key, value, visible, chunk, factor, pre_rounds):
@@ -222,7 +222,7 @@ def lsh(key, value, visible, chunk, factor, pre_rounds):
     equal, so that a frequent token does not outweigh the rest of its bucket in the last round.
     """
     dtype, H = key.dtype, key.shape[1]
-    count = visible.expand(-1, H, -1)[..., None].float()
+    count = visible.expand(-1, H, -1)[..., None].to(torch.promote_types(dtype, torch.float32))
     parts = [(x * count).unflatten(2, (-1, chunk)) for x in (key, value, count)]  # (B,H,n,chunk,D)
     for buckets in [chunk] * pre_rounds + [chunk // factor]:
         parts = lsh_round(*parts, buckets)
@@ -232,13 +232,14 @@ def lsh(key, value, visible, chunk, factor, pre_rounds):
 
 def lsh_round(key, value, count, buckets):
     """Sum up the keys of each bucket: the nearest of `buckets // 2` random directions, or opposite."""
-    B, H, n, chunk, D = key.shape
+    _, H, _, _, D = key.shape
     directions = torch.randn(1, H, 1, D, buckets // 2, device=key.device).to(key.dtype)
     with torch.no_grad():
         cosine = (F.normalize(key, dim=-1) * count.clamp(0, 1)) @ directions
-        bucket = torch.cat([cosine, -cosine], dim=-1).argmax(-1, keepdim=True)  # (B, H, n, chunk, 1)
-    return [x.new_zeros(B, H, n, buckets, x.shape[-1]).scatter_add(3, bucket.expand_as(x), x)
-            for x in (key, value, count)]
+        bucket = torch.cat([cosine, -cosine], dim=-1).argmax(-1)[..., None, :]
+        members = bucket == torch.arange(buckets, device=key.device)[:, None]
+        members = members.to(key.dtype)  # (B, H, n, buckets, chunk): a sum is a matrix product
+    return [members @ x for x in (key, value, count)]  # (B, H, n, buckets, D or 1)
 
 
 SPARSITY_TYPES = "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none", None

@@ -146,7 +146,7 @@ settings_strategy = st.fixed_dictionaries({
     "forced_eos_token_id": st.sampled_from([None, EOS])})
 
 
-@hypothesis_settings(max_examples=25)
+@hypothesis_settings(max_examples=20)
 @given(st.integers(0, 999), st.booleans(), documents_strategy, settings_strategy)
 def test_beam_search_equals_the_plain_search(seed, lsg, documents, settings):
     model = random_model(seed, lsg)
@@ -194,14 +194,14 @@ def test_a_padded_document_gives_the_same_ids_as_alone(name, num_beams):
         assert (text[len(alone):] == PAD).all()
 
 
-@pytest.mark.parametrize("num_beams", [1, 2, 5])
+@pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_no_ngram_comes_twice(n, num_beams):
     model, ids, mask = recorded(CASES["9"])
-    out = model.generate(ids, mask, num_beams=num_beams, no_repeat_ngram_size=n, max_length=40,
-                         min_length=35, forced_eos_token_id=None)
-    free = model.generate(ids, mask, num_beams=num_beams, no_repeat_ngram_size=0, max_length=40,
-                          min_length=35, forced_eos_token_id=None)
+    out = model.generate(ids, mask, num_beams=num_beams, no_repeat_ngram_size=n, max_length=26,
+                         min_length=24, forced_eos_token_id=None)
+    free = model.generate(ids, mask, num_beams=num_beams, no_repeat_ngram_size=0, max_length=26,
+                          min_length=24, forced_eos_token_id=None)
 
     def repeats(text):
         grams = [tuple(gram) for gram in text[text != PAD].unfold(0, n, 1).tolist()]

@@ -168,7 +168,10 @@ def options(draw, kind):
     if kind in ("norm", "lsh") and factor > 1:
         sizes = [s for s in sizes if block_size % max(1, min(block_size, s)) == 0
                  and min(block_size, s) % factor == 0]
-    sparse_block_size = draw(st.sampled_from(sizes))
+    # smaller, equal and larger ones alike, though fewer of the smaller are allowed
+    alike = [[s for s in sizes if s < block_size], [block_size],
+             [s for s in sizes if s > block_size]]
+    sparse_block_size = draw(st.sampled_from(draw(st.sampled_from(alike))))
     if kind in (None, "none") or sparse_block_size == 0:
         factor = draw(st.integers(1, 5))
     return {"block_size": block_size, "sparse_block_size": sparse_block_size,
