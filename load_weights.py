@@ -68,6 +68,7 @@ def load_model(source, *, revision=None, architecture=None, device=None, dtype=N
 
     source: a folder, a Hub id (with, optionally, its revision), or "tiny", the bundled model.
     architecture: such as "ForSequenceClassification"; default: the one that config.json names.
+    dtype: of the weights, whatever the file's; default: float32.
     lsg: False gives full attention. With LSG, a plain BARThez is converted on the way in, to
         4,096 positions unless max_position_embeddings says otherwise.
     overrides: config keys, such as sparsity_type="pooling" or num_global_tokens=16.
@@ -87,7 +88,7 @@ def load_model(source, *, revision=None, architecture=None, device=None, dtype=N
         resize_positions(settings, tensors, positions)
     model = build_model(settings | overrides, tensors, architecture, lsg)
     tokenizer.model_max_length = model.config.max_position_embeddings
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+    return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
 
 
 # ------------------------------------------------------------------------------------------------
@@ -732,6 +733,7 @@ def main():
                         help="of an LSG model, keep the first global token")
     parser.add_argument("--resize-lsg", action="store_true",
                         help="of an LSG model, keep all global tokens: only change its length")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--seed", type=int, default=123)
     for key in LSG_KEYS:
         parser.add_argument("--" + key.replace("_", "-"), type=json.loads if key != "sparsity_type"
@@ -744,7 +746,8 @@ def main():
                    random_global_init=arguments.random_global_init,
                    keep_first_global=arguments.keep_first_global)
     settings |= {key: value for key in LSG_KEYS if (value := getattr(arguments, key)) is not None}
-    save_model(build_model(settings, tensors, arguments.architecture), tokenizer, arguments.output)
+    model = build_model(settings, tensors, arguments.architecture)
+    save_model(model.to(getattr(torch, arguments.dtype)), tokenizer, arguments.output)
 
 
 if __name__ == "__main__":

@@ -335,11 +335,12 @@ def test_a_new_head_is_drawn_with_a_warning(kind, head):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_new_head_has_the_type_of_the_file(folder):
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_all_weights_have_the_type_that_is_asked_for_or_float32(folder, dtype):
     save_file({name: tensor.bfloat16() for name, tensor in TENSORS.items()},
               folder / "model.safetensors")
-    model = load(folder, lsg=False, architecture="ForSequenceClassification")
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    model = load(folder, lsg=False, dtype=dtype, architecture="ForSequenceClassification")
+    assert {weights.dtype for weights in model.parameters()} == {dtype or torch.float32}
     assert logits_of(model).isfinite().all()
 
 

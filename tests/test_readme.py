@@ -1,0 +1,77 @@
+"""Everything that the README tells people to type works as it stands there."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import GOLDENS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+
+
+def test_python_blocks_run(capsys):
+    names = {}
+    for language, block in BLOCKS:
+        if language == "python":
+            exec(compile(block, "README.md", "exec"), names)
+    assert names["states"].shape[::2] == (1, 256) and names["logits"].shape == (1, 3)
+    assert capsys.readouterr().out.endswith("torch.Size([2, 501, 64])\n")
+    trained = {name for name, p in names["model"].named_parameters() if p.requires_grad}
+    assert trained == {"model.encoder.global_embeddings.weight"}
+    torch.set_grad_enabled(True)
+
+
+def run(line, folder):
+    """One of the README's commands, on the toy model in the place of those on the Hub."""
+    words = [sys.executable if word == "python" else word for word in shlex.split(line)]
+    words = [str(GOLDENS / "plain") if word.startswith("moussaKam/") else word for word in words]
+    words[1] = str(ROOT / words[1])
+    if "--train" in words:
+        words += ["--steps", "2", "--batch-tokens", "400", "--set", "block_size=16",
+                  "sparse_block_size=16", "max_position_embeddings=128"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(words, cwd=folder, env=environment, check=True, capture_output=True,
+                          text=True, timeout=100).stdout
+
+
+def test_commands_run_in_their_order(tmp_path):
+    pair = json.dumps({"document": "Le train est parti. La ville dort.", "summary": "Le train."})
+    for name in ("train", "validation", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(f"{pair}\n" * 8)
+    (tmp_path / "file.txt").write_text("Le train est parti. La ville dort.")
+    lines = [line for language, block in BLOCKS if language == "bash"
+             for line in block.strip().splitlines()
+             if line.startswith("python ") and "benchmarks/" not in line]
+    assert len(lines) >= 6
+    for line in lines:
+        run(line, tmp_path)
+    assert (tmp_path / "lsg-barthez" / "model.safetensors").exists()
+    assert (tmp_path / "figure.svg").read_text() == (ROOT / "figure.svg").read_text()
+
+
+def test_the_first_command_prints_what_stands_below_it():
+    line = next(block for language, block in BLOCKS if "--summarize" in block)
+    shown = next(block for language, block in BLOCKS if not language)
+    printed = run("python " + line.partition(".venv/bin/python ")[2], ROOT)
+    assert printed == shown
+
+
+def test_the_line_for_tests_installs_and_tests():
+    line = next(block for language, block in BLOCKS if "-m pytest" in block)
+    assert "pip install -q -r requirements.txt" in line and line.count("\n") == 1
+    for name in ("torch==2.13.0", "pytest", "hypothesis", "sentencepiece", "safetensors", "numpy"):
+        assert name in (ROOT / "requirements.txt").read_text()
+
+
+@pytest.mark.parametrize("name", re.findall(r"\]\(([\w/.]+)\)", README))
+def test_links_lead_to_files(name):
+    assert (ROOT / name).exists()
