@@ -32,7 +32,6 @@ from urllib.request import (HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHand
                             UnknownHandler)
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import barthez
@@ -131,7 +130,7 @@ def find_files(source, revision):
             files["weights"] = files[name]
     missing = {"config.json", "weights", "sentencepiece.bpe.model"} - files.keys()
     if missing:
-        raise FileNotFoundError(f"{folder} is no checkpoint: it lacks {', '.join(sorted(missing))} "
+        raise FileNotFoundError(f"{folder} is no checkpoint: {', '.join(sorted(missing))} missing "
                                 "(weights are model.safetensors or pytorch_model.bin)")
     return files
 
@@ -240,8 +239,8 @@ def spread_positions(positions, stride):
     factor = max(n // 512, 1)
     step = stride // factor
     if step < 1 or 512 % step:
-        raise ValueError(f"a stride of {stride} over {n} positions leaves {step} between 512 global "
-                         f"tokens: choose {factor} times a power of 2, up to {512 * factor}")
+        raise ValueError(f"a stride of {stride} over {n} positions does not divide 512 tokens: "
+                         f"choose {factor} times a power of 2, up to {512 * factor}")
     return positions[:512 * factor:factor].view(-1, step, E).transpose(0, 1).reshape(512, E)
 
 

@@ -1,4 +1,4 @@
-"""LSG attention: every query sees a Local window, a Sparse choice of keys around it, and Global keys.
+"""LSG attention: each query sees a Local window, a Sparse choice of keys around it, Global keys.
 
 Paper: C. Condevaux and S. Harispe, "LSG Attention: Extrapolation of pretrained Transformers to long
 sequences" (2022), arXiv:2210.15497. Official code: lsg-converter 0.1.9,
@@ -10,7 +10,7 @@ The queries of one block share their keys:
     global   the num_global_tokens first tokens
     local    the block itself and its two neighbours: 3 * block_size tokens
     sparse   sparse_block_size keys on either side of the local window, out of a thinned copy of the
-             text in which each run of sparsity_factor tokens has left one key (see SELECTIONS)
+             text in which each run of sparsity_factor tokens has left one key (see `select`)
 
 so that a query costs num_global_tokens + 2 * sparse_block_size + 3 * block_size keys, however long
 the text is. A global query sees everything. A text of at most 2 * block_size tokens is all local,
@@ -37,7 +37,7 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
     """Attend as `scaled_dot_product_attention(query, key, value)` does, at linear cost.
 
     query, key, value: (B, H, T, D), the num_global_tokens global tokens first.
-    attention_mask: (B, T), nonzero where a key may be seen, zero for padding; None means no padding.
+    attention_mask: (B, T), nonzero where a key may be seen, zero for padding; None: no padding.
     sparse_block_size: 0 leaves out the sparse keys, as does sparsity_type None or "none".
     adaptive: pad a text whose length is no multiple of block_size; else such a text is an error.
     Returns (B, H, T, D). Raises ValueError for options that do not fit together.
@@ -57,7 +57,7 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
     if text_length <= 2 * block_size:
         return F.scaled_dot_product_attention(query, key, value, visible[:, :, None], dropout_p)
     if text_length % block_size and not adaptive:
-        raise ValueError(f"a text of {text_length} tokens is no multiple of block_size={block_size}: "
+        raise ValueError(f"a text of {text_length} tokens is no multiple of {block_size=}: "
                          "pad it, or set adaptive=True")
 
     from_globals = F.scaled_dot_product_attention(
@@ -178,14 +178,14 @@ def largest_norm(key, visible, chunk, factor):
 
 
 def stride(key, factor):
-    """stride: every `factor`-th key, each head starting one further, so that heads share the work."""
+    """stride: every `factor`-th key, each head starting one further: heads share the work."""
     _, H, length, _ = key.shape
     index = torch.arange(0, length, factor, device=key.device)
     return (index + torch.arange(H, device=key.device)[:, None] % factor)[None]  # (1, H, S)
 
 
 def block_stride(key, block_size, factor):
-    """block_stride: of each block one run of block_size // factor keys, the next run for each head."""
+    """block_stride: of each block one run of block_size // factor keys, each head the next one."""
     _, H, length, _ = key.shape
     run = block_size // factor
     head = torch.arange(H, device=key.device)[:, None, None]
@@ -202,7 +202,7 @@ def pooling(key, value, visible, factor):
 
 
 def bos_pooling(first_query, key, value, visible, factor):
-    """bos_pooling: the mean of `factor` neighbours, weighted by what the text's first query sees."""
+    """bos_pooling: the mean of `factor` neighbours, weighted as the first query sees them."""
     seen, D = visible.unflatten(2, (-1, factor)), key.shape[-1]
     score = (key @ first_query[..., None] / math.sqrt(D)).view(*key.shape[:2], -1, factor)
     weight = score.masked_fill(~seen, torch.finfo(score.dtype).min).softmax(-1)  # (B, H, S, factor)
@@ -231,7 +231,7 @@ def lsh(key, value, visible, chunk, factor, pre_rounds):
 
 
 def lsh_round(key, value, count, buckets):
-    """Sum up the keys of each bucket: the nearest of `buckets // 2` random directions, or opposite."""
+    """Sum up each bucket: the keys nearest to one of `buckets // 2` directions, or its opposite."""
     _, H, _, _, D = key.shape
     directions = torch.randn(1, H, 1, D, buckets // 2, device=key.device).to(key.dtype)
     with torch.no_grad():
@@ -319,7 +319,8 @@ def svg(pictures):
     size = len(next(iter(pictures.values())))
     step, parts = size + 6, []
     for i, (title, rows) in enumerate(pictures.items()):
-        parts.append(f'<text x="{i * step}" y="-3" font-size="8" font-family="sans-serif">{title}</text>'
+        parts.append(f'<text x="{i * step}" y="-3" font-size="8" '
+                     f'font-family="sans-serif">{title}</text>'
                      f'<path d="M{i * step} 0h{size}v{size}h-{size}z" fill="#f2f2f2"/>')
         for kind, colour in colours.items():
             runs = [f"M{i * step + run.start()} {y + 0.5}h{run.end() - run.start()}"

@@ -110,7 +110,8 @@ class BarthezTokenizer:
             max_length = self.model_max_length
             if max_length is None and (truncation or padding == "max_length"):
                 raise ValueError("the tokenizer knows no model_max_length: give max_length")
-        rows = [self.encode(*both, max_length if truncation else None) for both in zip(texts, pairs)]
+        limit = max_length if truncation else None
+        rows = [self.encode(*both, limit) for both in zip(texts, pairs)]
 
         lengths = {len(row) for row in rows}
         if not padding and len(lengths) > 1:

@@ -34,8 +34,8 @@ from tokenizer import BarthezTokenizer
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="the checkpoint to start from, or to evaluate: folder or Hub id")
-    parser.add_argument("--new", metavar="CONFIG", help="start from random weights and this config.json")
+    parser.add_argument("--model", help="what to start from or evaluate: folder or Hub id")
+    parser.add_argument("--new", metavar="CONFIG", help="start afresh, with this config.json")
     parser.add_argument("--tokenizer", metavar="FILE", help="with --new: a SentencePiece model")
     parser.add_argument("--set", nargs="+", metavar="KEY=VALUE", default=[],
                         help="override config keys, such as block_size=64 dropout=0.2")
@@ -60,7 +60,7 @@ def parse_arguments():
     parser.add_argument("--precision", choices=["bfloat16", "float32"],
                         help="of the matrix products (default: bfloat16 where it is fast)")
     parser.add_argument("--evaluate-every", type=int, default=500, metavar="STEPS")
-    parser.add_argument("--evaluate-on", type=int, default=200, metavar="N", help="validation records")
+    parser.add_argument("--evaluate-on", type=int, default=200, metavar="N", help="records of it")
     parser.add_argument("--num-beams", type=int, default=4, help="of the evaluation")
     parser.add_argument("--longer-than", type=int, default=0, metavar="N",
                         help="with --evaluate: only documents of more than N tokens")
@@ -151,7 +151,7 @@ def read_lines(path, *keys):
 
 
 def batches(lengths, batch_tokens, rng):
-    """Groups of indices of like length, at most batch_tokens padded tokens each, in random order."""
+    """Groups of indices of like length, of at most batch_tokens padded tokens, in random order."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i] * rng.uniform(0.95, 1.05))
     groups, group, longest = [], [], 0
     for i in order:
@@ -201,7 +201,8 @@ def rouge(candidate, reference):
         before = longest[:]
         for j, other in enumerate(b):
             longest[j + 1] = before[j] + 1 if word == other else max(before[j + 1], longest[j])
-    return tuple(f1((ngrams(a, n) & ngrams(b, n)).total(), n) for n in (1, 2)) + (f1(longest[-1], 1),)
+    one, two = (f1((ngrams(a, n) & ngrams(b, n)).total(), n) for n in (1, 2))
+    return one, two, f1(longest[-1], 1)
 
 
 def mean_rouge(candidates, references):
@@ -238,7 +239,7 @@ def mean_loss(model, data, batch_tokens, tokenizer, autocast):
 
 
 def report(arguments, model, tokenizer):
-    """Print ROUGE of the model and of two baselines, for each "source" that the pairs tell apart."""
+    """Print ROUGE of the model and of two baselines, for each "source" that the pairs name."""
     records = [record for record in read_lines(arguments.evaluate, "document", "summary")
                if not arguments.longer_than
                or len(tokenizer.encode(record["document"])) > arguments.longer_than]
@@ -253,7 +254,8 @@ def report(arguments, model, tokenizer):
         print(f"{source}: {sources.count(source)} documents   ROUGE-1  ROUGE-2  ROUGE-L")
         for name, candidates in texts.items():
             chosen = [i for i, s in enumerate(sources) if s == source]
-            scores = mean_rouge([candidates[i] for i in chosen], [data.summaries[i] for i in chosen])
+            scores = mean_rouge([candidates[i] for i in chosen],
+                                [data.summaries[i] for i in chosen])
             print(f"  {name:24}" + "".join(f"{score:9.3f}" for score in scores))
     for i in random.Random(arguments.seed).sample(range(len(records)), arguments.examples):
         record = records[i]
@@ -268,7 +270,7 @@ def report(arguments, model, tokenizer):
 def start_model(arguments):
     """The model to train, and its tokenizer."""
     overrides = {}
-    for setting in getattr(arguments, "set"):
+    for setting in arguments.set:
         key, _, value = setting.partition("=")
         try:
             overrides[key] = json.loads(value)
@@ -381,8 +383,9 @@ def train(arguments, model, tokenizer, rank, world):
                 if score >= state["best"]:
                     state["best"] = score
                     save_model(model, tokenizer, output)
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                            "schedule": schedule.state_dict(), "state": state}, f"{saved}.incomplete")
+                checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                              "schedule": schedule.state_dict(), "state": state}
+                torch.save(checkpoint, f"{saved}.incomplete")
                 os.replace(f"{saved}.incomplete", saved)
             if world > 1:
                 dist.barrier()

@@ -34,8 +34,8 @@ def load(settings, lsg=True, **options):
 
 def selections(dtype):
     """{selection: differences of encoder states and logits}"""
-    cases, tensors = json.loads((GOLDENS / "lsg.json").read_text())["cases"], load_file(
-        GOLDENS / "lsg.safetensors")
+    cases = json.loads((GOLDENS / "lsg.json").read_text())["cases"]
+    tensors = load_file(GOLDENS / "lsg.safetensors")
     found = {}
     for case in cases:
         settings = case["settings"]
@@ -60,15 +60,16 @@ def selections(dtype):
 
 def heads():
     """{architecture: differences of all outputs}"""
-    cases, tensors = json.loads((GOLDENS / "heads.json").read_text())["cases"], load_file(
-        GOLDENS / "heads.safetensors")
+    cases = json.loads((GOLDENS / "heads.json").read_text())["cases"]
+    tensors = load_file(GOLDENS / "heads.safetensors")
     found = {}
     for case in cases:
         if "decoder_attention_mask" in case["inputs"]:
             continue  # which ours does not take
         model = load(case["settings"], architecture=case["architecture"])
         if case["weights"]:
-            model.load_state_dict(load_file(GOLDENS / f"{case['weights']}.safetensors"), strict=False)
+            extra = load_file(GOLDENS / f"{case['weights']}.safetensors")
+            model.load_state_dict(extra, strict=False)
         out = model(**{name: tensors[f"{case['name']}/inputs/{name}"] for name in case["inputs"]})
         for name in ("logits", "start_logits", "end_logits", "last_hidden_state"):
             if f"{case['name']}/{name}" in tensors:

@@ -1,4 +1,4 @@
-"""Whole models from the Hub: which file is taken, and that it loads, for repositories as they are."""
+"""Whole models from the Hub: which file is taken, and that it loads, from repositories as found."""
 
 import io
 import json
@@ -72,7 +72,8 @@ def test_a_revision_that_is_named_is_what_is_loaded(hub):
 
 @pytest.mark.parametrize("copies", [
     ["model.shared.weight"], ["lm_head.weight"], ["model.encoder.embed_tokens.weight"],
-    ["model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"]])
+    ["model.shared.weight", "model.encoder.embed_tokens.weight",
+     "model.decoder.embed_tokens.weight"]])
 @pytest.mark.parametrize("pack", [pickled, lambda tensors: {"model.safetensors": save(tensors)}])
 def test_embeddings_under_any_names_in_either_format(hub, copies, pack):
     tensors = {name: tensor for name, tensor in WEIGHTS.items() if name != "model.shared.weight"}

@@ -54,7 +54,7 @@ def oracle(query, key, value, mask=None, *, block_size, sparse_block_size, spars
                         lsh_num_pre_rounds)
     out = []
     for b, h in product(range(B), range(H)):
-        tokens = {t for t in range(T) if mask is None or mask[b, t]}
+        tokens = set(range(T) if mask is None else mask[b].nonzero().flatten().tolist())
         groups = thin_out(key[b, h], tokens, G, h, block_size, sparse_block_size, sparsity_factor,
                           sparsity_type, rounds)
         share = [shares(query[b, h, G:], key[b, h], g, sparsity_type, rounds) for g in groups]
@@ -187,7 +187,7 @@ def calls(draw, kind, blocks):
     blocks: the least and the most that the text may have; the last of them need not be full.
     """
     chosen = draw(options(kind))
-    B, H, D, value_dim = draw(st.tuples(*[st.integers(1, n) for n in (3, 5, 6, 4)]))
+    B, H, D, value_dim = draw(st.tuples(*[st.integers(1, n) for n in (3, 4, 6, 5)]))
     text = draw(st.integers(*blocks)) * chosen["block_size"]
     text -= draw(st.integers(0, chosen["block_size"] - 1))
     G, T = chosen["num_global_tokens"], chosen["num_global_tokens"] + text
@@ -219,7 +219,7 @@ def test_the_shape_is_that_of_the_query():
 @settings(max_examples=40)
 @given(data=st.data())
 def test_equals_the_oracle_at_any_length_for_any_options(kind, data):
-    (query, key, value, mask, _), chosen = data.draw(calls(kind, blocks=(3, 8)))
+    (query, key, value, mask, _), chosen = data.draw(calls(kind, blocks=(3, 7)))
     actual = drawn_alike(lsg_attention, query, key, value, mask, **chosen)
     expected = drawn_alike(oracle, query, key, value, mask, **chosen)
     rows = mask.bool()[:, None, :, None]  # what a padded query sees is nobody's concern
@@ -424,7 +424,7 @@ def test_a_query_changes_its_own_output_only(kind, token):
 @settings(max_examples=25)
 @given(data=st.data())
 def test_a_padded_row_equals_the_row_alone(kind, data):
-    (query, key, value, mask, lengths), chosen = data.draw(calls(kind, blocks=(1, 8)))
+    (query, key, value, mask, lengths), chosen = data.draw(calls(kind, blocks=(1, 7)))
     batch = drawn_alike(lsg_attention, query, key, value, mask, **chosen)
     for b, length in enumerate(lengths):
         row = [x[b:b + 1, :, :length] for x in (query, key, value)] + [mask[b:b + 1, :length]]

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import train
@@ -35,8 +34,8 @@ def run(pairs, output, *options, launcher=()):
                  "--batch-tokens", 300, "--learning-rate", 1e-3, "--warmup", 2, "--set",
                  "max_position_embeddings=256", "block_size=8", "sparse_block_size=8", *options]
     if launcher:
-        subprocess.run([sys.executable, "-m", *launcher, *map(str, arguments)], cwd=ROOT, check=True,
-                       capture_output=True, timeout=120)
+        subprocess.run([sys.executable, "-m", *launcher, *map(str, arguments)], cwd=ROOT,
+                       check=True, capture_output=True, timeout=120)
     else:
         old, sys.argv = sys.argv, list(map(str, arguments))
         try:
@@ -90,7 +89,8 @@ def test_two_processes_train_as_one_that_accumulates(pairs, tmp_path):
 
 
 def test_only_the_global_embeddings_change_if_asked(pairs, tmp_path):
-    before = run(pairs, tmp_path / "a", "--steps", 1, "--learning-rate", 0, "--precision", "float32")
+    before = run(pairs, tmp_path / "a", "--steps", 1, "--learning-rate", 0, "--precision",
+                 "float32")
     after = run(pairs, tmp_path / "b", "--steps", 2, "--only-global-embeddings",
                 "--weight-decay", 0, "--precision", "float32")
     changed = {name for name in before if not before[name].equal(after[name])}
