@@ -143,6 +143,11 @@ class BarthezConfig:
     early_stopping: bool | str = False  # True: stop at num_beams hypotheses; "never": exhaust
 
     def __post_init__(self):
+        for f in fields(self):
+            value, kind = getattr(self, f.name), (int, float) if f.type is float else f.type
+            if not isinstance(value, kind) or "drop" in f.name and not 0 <= value <= 1:
+                raise ValueError(f"{f.name}={value!r} is impossible: "
+                                 + ("from 0 to 1" if "drop" in f.name else f"expected {kind}"))
         if self.lsg:
             check_options(self.block_size, self.sparse_block_size, self.sparsity_factor,
                           self.sparsity_type, self.num_global_tokens, self.lsh_num_pre_rounds)
@@ -334,7 +339,7 @@ class Stack(nn.Module):
         return F.dropout(self.layernorm_embedding(x), self.config.dropout, self.training)
 
     def run(self, layer, *args):
-        if self.training and self.layerdrop and torch.rand(()) < self.layerdrop:
+        if self.training and torch.rand(()) < self.layerdrop:
             return args[0]
         if self.training and self.gradient_checkpointing:
             return checkpoint(layer, *args, use_reentrant=False)
@@ -400,8 +405,8 @@ class Decoder(Stack):
         if document_mask is not None:
             document_mask = document_mask[:, None, None]  # (B, 1, 1, S)
         for i, layer in enumerate(self.layers):
-            x = self.run(layer, x, mask, document and document[i], document_mask,
-                         past and partial(past.append, i))
+            inputs = x, mask, document and document[i], document_mask
+            x = layer(*inputs, partial(past.append, i)) if past else self.run(layer, *inputs)
         return self.layer_norm(x)
 
 
@@ -411,7 +416,7 @@ def shift_right(ids, pad_token_id):
     ids (B, T), -100 or pad_token_id behind the end: [5 6 2 1] -> [2 5 6 2]
     """
     ids = ids.masked_fill(ids == -100, pad_token_id)
-    last = (ids != pad_token_id).sum(1, keepdim=True) - 1
+    last = ((ids != pad_token_id).sum(1, keepdim=True) - 1).clamp(min=0)
     return torch.cat([ids.gather(1, last), ids[:, :-1]], dim=1)
 
 
@@ -710,7 +715,7 @@ class Hypotheses:
         """Can no open beam become better than the worst that is kept?"""
         if len(self.kept) < self.config.num_beams:
             return False
-        if self.config.early_stopping is True or self.config.num_beams == 1:
+        if self.config.num_beams == 1 or self.config.early_stopping not in (False, "never"):
             return True
         if self.config.early_stopping == "never" and self.config.length_penalty > 0:
             length = self.max_length - 1  # a longer text could still do better
@@ -801,7 +806,7 @@ def summarize(model, tokenizer, name, text, max_source_length=None):
 
 
 def main(arguments):
-    task = "classify" if arguments.classify else "fill_mask" if arguments.fill_mask else "summarize"
+    task = next(task for task in DEFAULT_MODELS if getattr(arguments, task) is not None)
     if task == "summarize":
         texts = [(name, read_text(name)) for name in arguments.summarize]
         model, tokenizer = load(arguments, task)

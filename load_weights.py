@@ -33,6 +33,7 @@ from urllib.request import (HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHand
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 import barthez
 from barthez import ALIASES, BarthezConfig, init_weights
@@ -95,7 +96,7 @@ def load_model(source, *, revision=None, architecture=None, device=None, dtype=N
 
 
 def read_checkpoint(source, revision=None, architecture=None):
-    """The settings (dict), tensors (dict by name) and tokenizer of a checkpoint, which fit together.
+    """A checkpoint's settings (a dict), tensors (by name) and tokenizer, which fit together.
 
     The embeddings' matrix stands under the first of its names, whatever the file calls it.
     """
@@ -130,7 +131,8 @@ def find_files(source, revision):
             files["weights"] = files[name]
     missing = {"config.json", "weights", "sentencepiece.bpe.model"} - files.keys()
     if missing:
-        raise FileNotFoundError(f"{folder} is no checkpoint: {', '.join(sorted(missing))} missing "
+        missing = ", ".join(sorted(missing))
+        raise FileNotFoundError(f"{folder} is no checkpoint: it lacks {missing} "
                                 "(weights are model.safetensors or pytorch_model.bin)")
     return files
 
@@ -266,8 +268,17 @@ def lay_out(settings, architecture, lsg):
     model_class = ARCHITECTURES.get(name.removeprefix("LSG").removeprefix("MBart"))
     if model_class is None:
         raise ValueError(f"unknown architecture {name!r}: choose one of {', '.join(ARCHITECTURES)}")
-    with torch.device("meta"):
+    with torch.device("meta"), NoInit():
         return model_class(BarthezConfig.from_dict(settings | {"lsg": lsg}))
+
+
+class NoInit(TorchFunctionMode):
+    """Leaves out random initialisation: on no memory it is no use, but torch takes a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs or {})
 
 
 def weights_of(model):
@@ -335,9 +346,10 @@ def save_model(model, tokenizer, folder):
         "forced_eos_token_id": config.forced_eos_token_id,
         "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
     if config.lsg:
-        settings |= {"base_model_prefix": "lsg", "sparsity_type": config.sparsity_type, "auto_map": {
+        settings |= {"base_model_prefix": "lsg", "sparsity_type": config.sparsity_type}
+        settings["auto_map"] = {  # whose code is the original's, on the Hub
             "AutoModel" + kind.removeprefix("Model").replace("ConditionalGeneration", "Seq2SeqLM"):
-            f"ccdv/lsg-barthez-4096--modeling_lsg_mbart.LSGMBart{kind}" for kind in ARCHITECTURES}}
+            f"ccdv/lsg-barthez-4096--modeling_lsg_mbart.LSGMBart{kind}" for kind in ARCHITECTURES}
 
     (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}

@@ -122,6 +122,7 @@ class BarthezTokenizer:
         if padding and pad_to_multiple_of:
             length += -length % pad_to_multiple_of
         pad = [self.pad_token_id]
-        return {"input_ids": torch.tensor([row + pad * (length - len(row)) for row in rows]),
-                "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row))
-                                                for row in rows])}
+        ids = [row + pad * (length - len(row)) for row in rows]
+        mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+        return {"input_ids": torch.tensor(ids, dtype=torch.int64),
+                "attention_mask": torch.tensor(mask, dtype=torch.int64)}

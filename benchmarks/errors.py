@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from load_weights import load_model  # noqa: E402
 
 GOLDENS = ROOT / "tests" / "goldens"
-NOT_COPIED = ("step_1", "factor_1_sparse_", "no_mask_given")  # the original's faults: DIFFERENCES.md
+NOT_COPIED = ("step_1", "factor_1_sparse_", "no_mask_given")  # the original's faults
 
 
 def row(name, differences):

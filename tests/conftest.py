@@ -10,6 +10,7 @@ from hypothesis import settings
 
 GOLDENS = Path(__file__).parent / "goldens"
 
+torch.set_num_threads(1)  # small models gain nothing from more, and lose much on a busy machine
 settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("deterministic")
 sys.dont_write_bytecode = True

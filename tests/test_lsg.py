@@ -187,7 +187,7 @@ def calls(draw, kind, blocks):
     blocks: the least and the most that the text may have; the last of them need not be full.
     """
     chosen = draw(options(kind))
-    B, H, D, value_dim = draw(st.tuples(*[st.integers(1, n) for n in (3, 4, 6, 5)]))
+    B, H, D, value_dim = draw(st.tuples(*[st.integers(1, n) for n in (3, 5, 6, 4)]))
     text = draw(st.integers(*blocks)) * chosen["block_size"]
     text -= draw(st.integers(0, chosen["block_size"] - 1))
     G, T = chosen["num_global_tokens"], chosen["num_global_tokens"] + text
