@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import GOLDENS, assert_close
-from load_weights import GLOBALS, POSITIONS, build_model, convert_to_lsg, read_checkpoint
+from load_weights import (GLOBALS, POSITIONS, build_model, convert_to_lsg, load_model,
+                          read_checkpoint, save_model)
 
 LSG, GRADIENTS, HEADS, CONVERSION = (
     json.loads((GOLDENS / f"{name}.json").read_text())
@@ -206,3 +207,22 @@ def test_global_embeddings_of_a_conversion(case):
 def test_a_stride_that_cannot_be_is_an_error_that_names_it(case):
     with pytest.raises(ValueError, match=f"stride of {case['options']['stride']}"):
         converted(case["name"])
+
+
+def test_the_original_reads_what_we_save(tmp_path):
+    saved = json.loads((GOLDENS / "saved.json").read_text())
+    settings, tensors, tokenizer = read_checkpoint(GOLDENS / "plain")
+    words = dict(zip(saved["arguments"][::2], saved["arguments"][1::2]))
+    options = {name[2:].replace("-", "_"): int(value) if value.isdigit() else value
+               for name, value in words.items()}
+    convert_to_lsg(settings, tensors, tokenizer, options["max_position_embeddings"])
+    save_model(build_model(settings | options, tensors), tokenizer, tmp_path)
+    assert (tmp_path / "config.json").read_text() == saved["config"]
+    model, tokenizer = load_model(tmp_path)
+    inputs = section("lsg", f"inputs/{saved['input']}/")
+    assert_close(model(**inputs).logits, tensors_of("saved")["logits"])
+    labels = inputs.pop("labels")
+    assert labels.shape[0] == 2
+    assert model.generate(**inputs, max_length=20).tolist() == saved["ids"]
+    assert tokenizer.encode(saved["text"]) == saved["text_ids"]
+    assert tokenizer.model_max_length == saved["model_max_length"]

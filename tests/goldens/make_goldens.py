@@ -46,6 +46,9 @@ generation.json         inputs {name: {input_ids, attention_mask}}; each case: m
                         "dense"), config (settings of that model), eos_bias (added to
                         final_logits_bias[0, 2]), input, mask (whether attention_mask was passed),
                         settings (arguments of generate), output (its ids).
+saved.json, .safetensors  a folder that our own load_weights.py wrote with these `arguments`, as
+                        the original reads it: its `config` (the text of config.json), the logits
+                        and generated ids of `input`, and tokenizer's ids and model_max_length.
 tokenizer.json          encode: [text, ids]; pairs: [text, pair, ids]; call: arguments and what came
                         back; decode: [ids, text, text without special tokens], no clean-up.
 """
@@ -56,6 +59,8 @@ import json
 import random
 import re
 import struct
+import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -563,6 +568,28 @@ def make_heads(folder, inputs):
 
 # --------------------------------------------------------------------------------------- generation
 
+def make_saved(folder, inputs):
+    """What the original makes of a folder that this project saved."""
+    arguments = ["--max-position-embeddings", "1300", "--num-global-tokens", "5", "--block-size",
+                 "8", "--sparse-block-size", "8", "--sparsity-type", "pooling"]
+    subprocess.run([sys.executable, HERE.parents[1] / "load_weights.py", PLAIN, "--output", folder,
+                    *arguments], check=True)
+    model, info = original.LSGMBartForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["mismatched_keys"], info
+    tokenizer = BarthezTokenizer.from_pretrained(folder)
+    given = {name: inputs["two_80_43"][name] for name in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        logits = model.eval()(**given).logits
+    ids = model.generate(given["input_ids"], attention_mask=given["attention_mask"], max_length=20)
+    text = "« Où est-elle ? »"
+    write_json(HERE / "saved.json", {
+        "arguments": arguments, "config": (folder / "config.json").read_text(), "input": "two_80_43",
+        "ids": ids.tolist(), "text": text, "text_ids": tokenizer(text)["input_ids"],
+        "model_max_length": tokenizer.model_max_length})
+    save_file({"logits": logits.contiguous()}, HERE / "saved.safetensors", {"format": "pt"})
+
+
 def make_generation(folder, vocab_size):
     rng = random.Random(6)
 
@@ -755,6 +782,7 @@ def main():
         make_lsg(folder / "lsg", inputs)
         make_gradients(folder / "lsg", inputs)
         make_heads(folder / "lsg", inputs)
+        make_saved(folder / "saved", inputs)
         make_generation(folder / "lsg", vocab_size)
 
 
