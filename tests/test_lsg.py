@@ -159,19 +159,26 @@ def drawn_alike(attend, *args, **options):
     return attend(*args, **options)
 
 
+def fitting_sizes(kind):
+    """(block_size, sparse_block_size, sparsity_factor): sparse blocks smaller, equal, larger."""
+    smaller, equal, larger = [], [], []
+    for block_size, factor in product((1, 2, 3, 4, 6, 8, 9), range(1, 10)):
+        for sparse_block_size in range(2 * block_size + 2):
+            chunk = min(block_size, max(1, sparse_block_size))
+            whole = block_size % chunk == 0 and chunk % factor == 0
+            if block_size % factor == 0 and (whole or factor == 1 or kind not in ("norm", "lsh")):
+                group = (equal if sparse_block_size == block_size
+                         else smaller if sparse_block_size < block_size else larger)
+                group.append((block_size, sparse_block_size, factor))
+    return smaller, equal, larger
+
+
 @st.composite
 def options(draw, kind):
     """Any options that fit together, with any factor where none is needed."""
-    block_size = draw(st.sampled_from([4, 6, 8, 9, 3, 2, 1]))
-    factor = draw(st.sampled_from([f for f in range(1, block_size + 1) if block_size % f == 0]))
-    sizes = range(2 * block_size + 2)
-    if kind in ("norm", "lsh") and factor > 1:
-        sizes = [s for s in sizes if block_size % max(1, min(block_size, s)) == 0
-                 and min(block_size, s) % factor == 0]
-    # smaller, equal and larger ones alike, though fewer of the smaller are allowed
-    alike = [[s for s in sizes if s < block_size], [block_size],
-             [s for s in sizes if s > block_size]]
-    sparse_block_size = draw(st.sampled_from(draw(st.sampled_from(alike))))
+    # The three groups alike, though one may be far larger than another.
+    group = draw(st.sampled_from(fitting_sizes(kind)))
+    block_size, sparse_block_size, factor = draw(st.sampled_from(group))
     if kind in (None, "none") or sparse_block_size == 0:
         factor = draw(st.integers(1, 5))
     return {"block_size": block_size, "sparse_block_size": sparse_block_size,
@@ -195,7 +202,7 @@ def calls(draw, kind, blocks):
     # In float64 no two directions of lsh are so nearly as near that rounding decides.
     query, key, value = tensors(B, H, T, D, value_dim=value_dim,
                                 dtype=torch.float64 if kind == "lsh" else torch.float32)
-    lengths = draw(st.lists(st.integers(G + 1, T), min_size=B, max_size=B))
+    lengths = [T] + draw(st.lists(st.integers(G + 1, T), min_size=B - 1, max_size=B - 1))
     mask = lengths_to_mask(lengths, T)
     if draw(st.booleans()):  # holes, in the globals too; the first global is always seen
         mask[:, 1:] *= torch.rand(B, T - 1) < 0.7
