@@ -84,7 +84,7 @@ def test_two_processes_train_as_one_that_accumulates(pairs, tmp_path):
     options = ["--steps", 2, "--precision", "float32", "dropout=0.0"]
     options = ["dropout=0.0", "attention_dropout=0.0", "activation_dropout=0.0", *options[:4]]
     two = run(pairs, tmp_path / "two", *options, launcher=(
-        "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541"))
+        "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
     same(two, run(pairs, tmp_path / "one", *options, "--accumulate", 2), 3e-4)
 
 
