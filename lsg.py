@@ -300,9 +300,10 @@ def who_sees_whom(length, **options):
     With the identity for values, what attention returns is its weights.
     """
     G, block_size = options["num_global_tokens"], options["block_size"]
-    torch.manual_seed(0)
-    query, key = torch.randn(2, 1, 1, G + length, 16)  # one text, one head
-    weights = lsg_attention(query, key, torch.eye(G + length)[None, None], **options)[0, 0]
+    with torch.random.fork_rng(devices=[]):  # which leaves the caller's random numbers alone
+        torch.manual_seed(0)
+        query, key = torch.randn(2, 1, 1, G + length, 16)  # one text, one head
+        weights = lsg_attention(query, key, torch.eye(G + length)[None, None], **options)[0, 0]
 
     block = (torch.arange(G + length) - G).div(block_size, rounding_mode="floor")
     kind = 2 * ((block[:, None] - block).abs() <= 1)
@@ -310,6 +311,7 @@ def who_sees_whom(length, **options):
     sparse = (kind == 0) & (weights > 0)
     average = (weights * sparse).sum(1, keepdim=True) / sparse.sum(1, keepdim=True)
     kind[sparse] = torch.where(weights < average, 3, 4)[sparse]
+    kind[weights == 0] = 0
     return ["".join(".glsS"[k] for k in row) for row in kind.tolist()]
 
 

@@ -24,15 +24,6 @@ import lsg
 from conftest import assert_close
 from lsg import SPARSITY_TYPES, LSGSelfAttention, lsg_attention
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 every_selection = pytest.mark.parametrize("kind", SPARSITY_TYPES)
 SMALL = {"block_size": 4, "sparse_block_size": 4, "sparsity_factor": 2}
 
