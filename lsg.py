@@ -55,31 +55,31 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
     visible = attention_mask.bool()[:, None]  # (B, 1, T)
 
     if text_length <= 2 * block_size:
-        return F.scaled_dot_product_attention(query, key, value, visible[:, :, None], dropout_p)
+        return dense_attention(query, key, value, visible[:, :, None], dropout_p)
     if text_length % block_size and not adaptive:
         raise ValueError(f"a text of {text_length} tokens is no multiple of {block_size=}: "
                          "pad it, or set adaptive=True")
-
-    from_globals = F.scaled_dot_product_attention(
-        query[:, :, :G], key, value, visible[:, :, None], dropout_p)  # (B, H, G, D)
 
     padding = -text_length % block_size
     if padding:
         query, key, value = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value))
         visible = F.pad(visible, (0, padding))
-    query = query[:, :, G:].unflatten(2, (-1, block_size))  # (B, H, N, block_size, D)
-
-    step = 0  # sparse keys left by each block
+    step, sparse = 0, ()  # step: sparse keys left by each block
     if sparse_block_size and sparsity_factor > 0 and sparsity_type not in (None, "none"):
         step = block_size // sparsity_factor
-        sparse = select(query[:, :, 0, 0], key[:, :, G:], value[:, :, G:], visible[:, :, G:],
+        sparse = select(query[:, :, G], key[:, :, G:], value[:, :, G:], visible[:, :, G:],
                         block_size, min(block_size, sparse_block_size), sparsity_factor,
                         sparsity_type, lsh_num_pre_rounds)
-        key, value, visible = (torch.cat([x.expand(-1, H, *x.shape[2:]), s], dim=2)
-                               for x, s in zip((key, value, visible), sparse))
-    table = key_table(query.shape[2], G, block_size, step, sparse_block_size, query.device)
-    from_text = block_attention(query, key, value, visible.expand(-1, H, -1), table, dropout_p)
-    return torch.cat([from_globals, from_text.flatten(2, 3)[:, :, :text_length]], dim=2)
+    table = key_table((text_length + padding) // block_size, G, block_size, step,
+                      sparse_block_size, query.device)
+
+    # On a CPU few heads at a time: what they gather then stays in the cache until it is used.
+    heads = max(1, 20_000 // table.numel()) if query.is_cpu else B * H
+    parts = (x.flatten(0, 1).split(heads)
+             for x in (query, key, value, visible.expand(-1, H, -1), *sparse))
+    out = [attend(query, keys[:3], keys[3:], table, G, dropout_p).transpose(0, 1)
+           for query, *keys in zip(*parts)]  # (T + padding, heads, D) each
+    return torch.cat(out, dim=1)[:T].unflatten(1, (B, H)).permute(1, 2, 0, 3)
 
 
 def key_table(num_blocks, num_global_tokens, block_size, step, sparse_block_size, device=None):
@@ -110,28 +110,40 @@ def key_table(num_blocks, num_global_tokens, block_size, step, sparse_block_size
     return torch.cat(columns, dim=1)
 
 
-def block_attention(query, key, value, visible, table, dropout_p=0.0):
-    """Attention of each block of queries to the keys that its row of the table names.
+def attend(query, keys, sparse, table, num_global_tokens, dropout_p=0.0):
+    """The attention of some heads: globals to everything, each block to its row of the table.
 
-    query (B, H, N, block_size, D); key, value (B, H, rows, D); visible (B, H, rows); table (N, K).
-    Returns (B, H, N, block_size, D).
+    query: (heads, T, D). keys: what it attends to, as key and value, (heads, T, D), and visible,
+    (heads, T); sparse: the same of the sparse keys, or (). table: (N, K). Returns (heads, T, D).
 
-    A block's keys are copied side by side, so that one fused call serves all blocks. On a CPU that
-    is done one head at a time: what is gathered then stays in the cache until it is used.
+    A block's keys are copied side by side, so that one fused call serves all blocks.
     """
-    B, H, N, _, D = query.shape
-    K, inside, table = table.shape[1], table >= 0, table.clamp(min=0).flatten()
-    query, key, value, visible = (x.flatten(0, 1) for x in (query, key, value, visible))
+    G, N = num_global_tokens, len(table)
+    key, value, visible = (x[:, None] for x in keys)
+    from_globals = dense_attention(query[:, None, :G], key, value, visible[:, :, None],
+                                   dropout_p)  # (heads, 1, G, D)
+    rows = [torch.cat(both, dim=1) for both in zip(keys, sparse)] or keys
+    key, value, visible = (x.index_select(1, table.clamp(min=0).flatten()).unflatten(1, table.shape)
+                           for x in rows)  # (heads, N, K, D) twice, (heads, N, K)
+    mask = (visible & (table >= 0))[:, :, None]  # (heads, N, 1, K)
+    query = query[:, G:].unflatten(1, (N, -1))  # (heads, N, block_size, D)
+    from_text = dense_attention(query, key, value, mask, dropout_p)
+    return torch.cat([from_globals[:, 0], from_text.flatten(1, 2)], dim=1)
 
-    def attend(query, key, value, visible):  # any number of heads, as the first dimension
-        key, value, visible = (x.index_select(1, table).unflatten(1, (N, K))
-                               for x in (key, value, visible))  # (heads, N, K, D), (heads, N, K)
-        mask = (visible & inside)[:, :, None]  # (heads, N, 1, K)
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p)
 
-    heads = 1 if query.device.type == "cpu" else B * H
-    out = [attend(*parts) for parts in zip(*(x.split(heads) for x in (query, key, value, visible)))]
-    return torch.cat(out).unflatten(0, (B, H))
+def dense_attention(query, key, value, mask=None, dropout_p=0.0, is_causal=False):
+    """`scaled_dot_product_attention`, written out where its backward is slow: in bfloat16 on a CPU.
+
+    query (…, T, D); key, value (…, K, D); mask (…, 1 or T, K), True where seen.
+    """
+    if not (query.is_cpu and query.dtype == torch.bfloat16 and torch.is_grad_enabled()):
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal)
+    scores = (query / math.sqrt(query.shape[-1])) @ key.mT  # (…, T, K)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return F.dropout(scores.softmax(-1), dropout_p) @ value
 
 
 # ------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
 from barthez import BarthezConfig, BarthezForConditionalGeneration, init_weights
 from load_weights import load_model, read_json, save_model
@@ -41,6 +42,8 @@ def parse_arguments():
                         help="override config keys, such as block_size=64 dropout=0.2")
     parser.add_argument("--train", metavar="FILE", help="pairs to fine-tune on")
     parser.add_argument("--pretrain", metavar="FILE", help="documents to pretrain on")
+    parser.add_argument("--masked", type=float, default=0.3, metavar="SHARE",
+                        help="with --pretrain: how much of a document is masked")
     parser.add_argument("--validation", metavar="FILE", help="pairs (with --pretrain: documents)")
     parser.add_argument("--evaluate", metavar="FILE", help="only print ROUGE on these pairs")
     parser.add_argument("--output", metavar="FOLDER", help="where the best model is saved")
@@ -92,10 +95,11 @@ class Pairs:
 class Infilling:
     """Pieces of documents, to be restored from what noise leaves of them."""
 
-    MASKED, SPAN = 0.3, 3.0  # share of tokens that are masked; mean length of a masked span
+    SPAN = 3.0  # mean length of what one <mask> replaces
 
-    def __init__(self, records, tokenizer, max_source_length):
-        self.tokenizer, self.pieces = tokenizer, []  # a piece is a list of sentences, each of ids
+    def __init__(self, records, tokenizer, max_source_length, masked):
+        self.tokenizer, self.masked = tokenizer, masked
+        self.pieces = []  # each a list of sentences, each of ids
         room = max_source_length - 2
         for record in records:
             piece, length = [], 0
@@ -116,7 +120,7 @@ class Infilling:
         sentences = self.pieces[i]
         target = [id for sentence in sentences for id in sentence]
         noisy = [id for sentence in rng.sample(sentences, len(sentences)) for id in sentence]
-        budget, spans = self.MASKED * len(noisy), []
+        budget, spans = self.masked * len(noisy), []
         while budget > 0:
             spans.append(min(poisson(rng, self.SPAN), len(noisy)))
             budget -= max(spans[-1], 1)
@@ -285,21 +289,41 @@ def start_model(arguments):
     torch.manual_seed(arguments.seed)
     model = BarthezForConditionalGeneration(config)
     init_weights(model, config.init_std)
+    init_to_copy(model, config.init_std)
     return model, tokenizer
 
 
+@torch.no_grad()
+def init_to_copy(model, std):
+    """Fresh weights from which a few million tokens teach a model to copy what it reads.
+
+    A decoder that attends to a token at once finds it likely, since value and output projection
+    undo each other: A. Trockman and J. Z. Kolter, "Mimetic Initialization of Self-Attention
+    Layers" (2023), arXiv:2305.09828. Positions are waves, so that all of them mean something from
+    the first step on, and half as loud as the tokens.
+    """
+    size = model.config.d_model
+    model.model.shared.weight *= 2
+    for stack in (model.model.encoder, model.model.decoder):
+        place = torch.arange(len(stack.embed_positions.weight))[:, None]
+        angle = place / 10_000 ** (torch.arange(0, size, 2) / size)
+        stack.embed_positions.weight[:] = 2 ** 0.5 * std * torch.cat([angle.sin(), angle.cos()], 1)
+    for layer in model.model.decoder.layers:
+        rotation = 3 ** 0.5 * nn.init.orthogonal_(torch.empty(size, size))
+        layer.encoder_attn.v_proj.weight[:] = rotation
+        layer.encoder_attn.out_proj.weight[:] = rotation.T
+
+
 def train(arguments, model, tokenizer, rank, world):
-    sizes = [tokenizer, arguments.max_source_length]
-    if arguments.pretrain:
-        data = Infilling(read_lines(arguments.pretrain, "document"), *sizes)
-    else:
-        sizes.append(arguments.max_target_length)
-        data = Pairs(read_lines(arguments.train, "document", "summary"), *sizes)
+    kind, keys, last = (Infilling, ["document"], arguments.masked) if arguments.pretrain else (
+        Pairs, ["document", "summary"], arguments.max_target_length)
+    sizes = tokenizer, arguments.max_source_length, last
+    data = kind(read_lines(arguments.pretrain or arguments.train, *keys), *sizes)
     held_out = None
     if arguments.validation:
-        records = read_lines(arguments.validation, *["document", "summary"][:len(sizes) - 1])
+        records = read_lines(arguments.validation, *keys)
         few = random.Random(0).sample(records, min(arguments.evaluate_on, len(records)))
-        held_out = type(data)(few, *sizes)
+        held_out = kind(few, *sizes)
     device = next(model.parameters()).device
     model.model.encoder.gradient_checkpointing = arguments.gradient_checkpointing
     model.model.decoder.gradient_checkpointing = arguments.gradient_checkpointing
@@ -363,9 +387,11 @@ def train(arguments, model, tokenizer, rank, world):
             loss.backward()
             total += loss.item()
             tokens_seen += batch["input_ids"].numel() + labels.numel()
-        if world > 1:
-            for p in weights:
-                dist.all_reduce(p.grad)
+        if world > 1:  # one exchange for all gradients: one for each takes many times as long
+            gradients = [p.grad for p in weights]
+            total_gradient = nn.utils.parameters_to_vector(gradients)
+            dist.all_reduce(total_gradient)
+            nn.utils.vector_to_parameters(total_gradient, gradients)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()

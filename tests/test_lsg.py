@@ -480,6 +480,21 @@ def test_gradients_equal_those_of_the_oracle_and_padding_has_none(kind):
 # Dropout
 
 
+@pytest.mark.parametrize("call", ["none", "mask", "causal"])
+def test_what_bfloat16_trains_with_is_the_fused_attention(call):
+    query, key, value = (x.bfloat16().requires_grad_() for x in tensors(2, 3, 9, 7))
+    mask = torch.rand(2, 1, 1, 9) < 0.7 if call == "mask" else None
+    options = dict(mask=mask, is_causal=call == "causal")
+    out = lsg.dense_attention(query, key, value, **options)
+    out.float().square().sum().backward()
+    exact = [x.detach().float().requires_grad_() for x in (query, key, value)]
+    expected = lsg.dense_attention(*exact, **options)
+    expected.square().sum().backward()
+    assert (out - expected).abs().max() < 0.02
+    for x, y in zip((query, key, value), exact):
+        assert (x.grad - y.grad).abs().max() < 0.02 * y.grad.abs().max()
+
+
 @pytest.mark.parametrize("text", [7, 21])
 def test_dropout_leaves_the_mean_as_it_is(text):
     query, key, value = tensors(1, 2, 1 + text, 3)

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import train
+from barthez import BarthezConfig, BarthezForConditionalGeneration
 from conftest import GOLDENS, assert_close
 from tokenizer import BarthezTokenizer
 
@@ -100,13 +102,28 @@ def test_only_the_global_embeddings_change_if_asked(pairs, tmp_path):
 def test_pretraining_restores_what_noise_leaves(pairs, tmp_path):
     tokenizer = BarthezTokenizer(GOLDENS / "plain" / "sentencepiece.bpe.model")
     records = [{"document": " ".join(SENTENCES)}]
-    data = train.Infilling(records, tokenizer, 300)
+    data = train.Infilling(records, tokenizer, 300, masked=0.3)
     noisy, target = data.pair(0, random.Random(1))
     assert tokenizer.decode(target) == " ".join(SENTENCES)
     masks = noisy.count(tokenizer.mask_token_id)
     kept = len(noisy) - 2 - masks
     assert masks > 3 and 0.55 < kept / (len(target) - 2) < 0.8
     assert set(noisy) <= set(target) | {tokenizer.mask_token_id}
+
+
+def test_a_new_model_finds_likely_what_it_attends_to_and_positions_alike_that_are_near():
+    torch.manual_seed(0)
+    model = BarthezForConditionalGeneration(BarthezConfig(
+        vocab_size=40, d_model=64, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=56, lsg=False)).eval()
+    train.init_weights(model, 0.02)
+    train.init_to_copy(model, 0.02)
+    documents = torch.arange(5, 40)[:, None]  # of one word each: all attention goes to that
+    logits = model(documents, decoder_input_ids=torch.full_like(documents, 2)).logits
+    assert logits.argmax(-1).equal(documents)
+    positions = model.model.encoder.embed_positions.weight
+    near, far = ((positions[:-n] * positions[n:]).sum(1) for n in (1, 12))
+    assert near.min() > 1.4 * far.max() > 0
 
 
 def test_batches_hold_every_pair_once_and_keep_their_size():
