@@ -211,7 +211,7 @@ def linear(x, weight, bias):
     rows = x.flatten(0, -2)
     if len(rows) > 64 or x.dtype != torch.float32 or not x.is_cpu:
         return F.linear(x, weight, bias)
-    return torch.addmm(bias[:, None], weight, rows.T).T.unflatten(0, x.shape[:-1])
+    return torch.addmm(bias[:, None], weight, rows.T).T.contiguous().unflatten(0, x.shape[:-1])
 
 
 class Linear(nn.Linear):

@@ -416,7 +416,7 @@ def download(repo_id: str, filename: str, revision: str = "main", tries: int = T
     a name or a setting that cannot be right: one line each, which says what to do.
     """
     if not REPO_ID.fullmatch(repo_id):
-        raise ValueError(f"{repo_id!r} is no folder, and no name of a model on the Hub (owner/name).")
+        raise ValueError(f"{repo_id!r} is no folder, and no model's name on the Hub (owner/name).")
     for name in (filename, revision):
         if {"", ".", ".."} & set(name.split("/")) or re.search(r'[\x00-\x1f\x7f\\:*?"<>|]', name):
             raise ValueError(f"{name!r} cannot be a file or a revision of a model on the Hub.")

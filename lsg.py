@@ -25,10 +25,12 @@ Letters in the comments on shapes:
 import argparse
 import math
 import re
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, sparse_block_size=128,
@@ -77,7 +79,9 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
     heads = max(1, 20_000 // table.numel()) if query.is_cpu else B * H
     parts = (x.flatten(0, 1).split(heads)
              for x in (query, key, value, visible.expand(-1, H, -1), *sparse))
-    out = [attend(query, keys[:3], keys[3:], table, G, dropout_p).transpose(0, 1)
+    # Training does not keep what was gathered either: the backward pass gathers it again.
+    call = (partial(checkpoint, attend, use_reentrant=False) if torch.is_grad_enabled() else attend)
+    out = [call(query, keys[:3], keys[3:], table, G, dropout_p).transpose(0, 1)
            for query, *keys in zip(*parts)]  # (T + padding, heads, D) each
     return torch.cat(out, dim=1)[:T].unflatten(1, (B, H)).permute(1, 2, 0, 3)
 
