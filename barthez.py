@@ -408,7 +408,8 @@ class Decoder(Stack):
 
     def read(self, states):
         """The cross-attention's keys and values of an encoded document, for each layer."""
-        return [layer.encoder_attn.keys_values(states) for layer in self.layers]
+        return [tuple(x.contiguous() for x in layer.encoder_attn.keys_values(states))
+                for layer in self.layers]
 
     def forward(self, input_ids, document=None, document_mask=None, mask=None, past=None):
         """input_ids (B, T), document from `read`, document_mask (B, S) -> states (B, T, E).

@@ -52,6 +52,8 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
                   num_global_tokens, lsh_num_pre_rounds)
     B, H, T, D = query.shape
     G, text_length = num_global_tokens, T - num_global_tokens
+    if text_length < 0:
+        raise ValueError(f"{num_global_tokens=}, but there are only {T} tokens in all")
     if attention_mask is None:
         attention_mask = torch.ones(B, T, device=query.device)
     visible = attention_mask.bool()[:, None]  # (B, 1, T)
@@ -136,11 +138,13 @@ def attend(query, keys, sparse, table, num_global_tokens, dropout_p=0.0):
 
 
 def dense_attention(query, key, value, mask=None, dropout_p=0.0, is_causal=False):
-    """`scaled_dot_product_attention`, written out where its backward is slow: in bfloat16 on a CPU.
+    """`scaled_dot_product_attention`, written out where that is slow: in bfloat16 on a CPU, for its
+    backward pass takes twice as long, and so do few queries of many keys.
 
     query (…, T, D); key, value (…, K, D); mask (…, 1 or T, K), True where seen.
     """
-    if not (query.is_cpu and query.dtype == torch.bfloat16 and torch.is_grad_enabled()):
+    slow = torch.is_grad_enabled() or query.shape[-2] <= 8
+    if not (query.is_cpu and query.dtype == torch.bfloat16 and slow):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal)
     scores = (query / math.sqrt(query.shape[-1])) @ key.mT  # (…, T, K)
     if is_causal:
@@ -350,11 +354,9 @@ def svg(pictures):
 
 def main():
     parser = argparse.ArgumentParser(description="Draw which keys (across) each query (down) sees.")
-    parser.add_argument("--length", type=int, default=64, help="of the text, without the globals")
-    parser.add_argument("--block-size", type=int, default=8)
-    parser.add_argument("--sparse-block-size", type=int, default=8)
-    parser.add_argument("--sparsity-factor", type=int, default=4)
-    parser.add_argument("--num-global-tokens", type=int, default=1)
+    for option, default in (("--length", 64), ("--block-size", 8), ("--sparse-block-size", 8),
+                            ("--sparsity-factor", 4), ("--num-global-tokens", 1)):
+        parser.add_argument(option, type=int, default=default, help="default: %(default)s")
     parser.add_argument("--sparsity-type", choices=SPARSITY_TYPES[:-1], help="default: all six")
     parser.add_argument("--svg", metavar="FILE", help="draw there instead of in the terminal")
     options = vars(parser.parse_args())

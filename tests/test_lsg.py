@@ -573,6 +573,12 @@ def test_a_mistake_is_a_value_error_that_names_the_values(mistake, named):
         assert words in str(error.value)
 
 
+def test_more_globals_than_tokens_are_an_error():
+    with pytest.raises(ValueError, match="num_global_tokens=5, but there are only 4 tokens"):
+        lsg_attention(*tensors(2, 3, 4, 7), num_global_tokens=5)
+    assert lsg_attention(*tensors(2, 3, 4, 7), num_global_tokens=4).shape == (2, 3, 4, 7)
+
+
 def test_a_mistake_shows_on_a_short_text_too():
     x = torch.randn(2, 3, 1 + 5, 7)
     with pytest.raises(ValueError, match="block_size=4.*sparsity_factor=3"):

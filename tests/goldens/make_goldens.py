@@ -584,8 +584,8 @@ def make_saved(folder, inputs):
     ids = model.generate(given["input_ids"], attention_mask=given["attention_mask"], max_length=20)
     text = "« Où est-elle ? »"
     write_json(HERE / "saved.json", {
-        "arguments": arguments, "config": (folder / "config.json").read_text(), "input": "two_80_43",
-        "ids": ids.tolist(), "text": text, "text_ids": tokenizer(text)["input_ids"],
+        "arguments": arguments, "config": (folder / "config.json").read_text(),
+        "input": "two_80_43", "ids": ids.tolist(), "text": text, "text_ids": tokenizer(text)["input_ids"],
         "model_max_length": tokenizer.model_max_length})
     save_file({"logits": logits.contiguous()}, HERE / "saved.safetensors", {"format": "pt"})
 
