@@ -357,7 +357,7 @@ class Stack(nn.Module):
         return F.dropout(self.layernorm_embedding(x), self.config.dropout, self.training)
 
     def run(self, layer, *args):
-        if self.training and torch.rand(()) < self.layerdrop:
+        if self.training and self.layerdrop and torch.rand(()) < self.layerdrop:
             return args[0]
         if self.training and self.gradient_checkpointing:
             return checkpoint(layer, *args, use_reentrant=False)

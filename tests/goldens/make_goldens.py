@@ -585,7 +585,8 @@ def make_saved(folder, inputs):
     text = "« Où est-elle ? »"
     write_json(HERE / "saved.json", {
         "arguments": arguments, "config": (folder / "config.json").read_text(),
-        "input": "two_80_43", "ids": ids.tolist(), "text": text, "text_ids": tokenizer(text)["input_ids"],
+        "input": "two_80_43", "ids": ids.tolist(),
+        "text": text, "text_ids": tokenizer(text)["input_ids"],
         "model_max_length": tokenizer.model_max_length})
     save_file({"logits": logits.contiguous()}, HERE / "saved.safetensors", {"format": "pt"})
 
