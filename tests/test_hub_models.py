@@ -79,7 +79,8 @@ def test_embeddings_under_any_names_in_either_format(hub, copies, pack):
     tensors = {name: tensor for name, tensor in WEIGHTS.items() if name != "model.shared.weight"}
     tensors |= {name: WEIGHTS["model.shared.weight"].clone() for name in copies}
     hub.add("someone/model", SMALL | pack(tensors))
-    assert_close(outputs("someone/model"), outputs(GOLDENS / "plain"), 0)
+    # where a tensor begins in memory may change the last bit of a product
+    assert_close(outputs("someone/model"), outputs(GOLDENS / "plain"))
 
 
 def test_settings_of_generate_may_stand_in_a_file_of_their_own(hub):
