@@ -82,7 +82,7 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
     parts = (x.flatten(0, 1).split(heads)
              for x in (query, key, value, visible.expand(-1, H, -1), *sparse))
     # Training does not keep what was gathered either: the backward pass gathers it again.
-    call = (partial(checkpoint, attend, use_reentrant=False) if torch.is_grad_enabled() else attend)
+    call = partial(checkpoint, attend, use_reentrant=False) if torch.is_grad_enabled() else attend
     out = [call(query, keys[:3], keys[3:], table, G, dropout_p).transpose(0, 1)
            for query, *keys in zip(*parts)]  # (T + padding, heads, D) each
     return torch.cat(out, dim=1)[:T].unflatten(1, (B, H)).permute(1, 2, 0, 3)
@@ -129,7 +129,8 @@ def attend(query, keys, sparse, table, num_global_tokens, dropout_p=0.0):
     from_globals = dense_attention(query[:, None, :G], key, value, visible[:, :, None],
                                    dropout_p)  # (heads, 1, G, D)
     rows = [torch.cat(both, dim=1) for both in zip(keys, sparse)] or keys
-    key, value, visible = (x.index_select(1, table.clamp(min=0).flatten()).unflatten(1, table.shape)
+    index = table.clamp(min=0).flatten()
+    key, value, visible = (x.index_select(1, index).unflatten(1, table.shape)
                            for x in rows)  # (heads, N, K, D) twice, (heads, N, K)
     mask = (visible & (table >= 0))[:, :, None]  # (heads, N, 1, K)
     query = query[:, G:].unflatten(1, (N, -1))  # (heads, N, block_size, D)

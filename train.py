@@ -392,7 +392,7 @@ def train(arguments, model, tokenizer, rank, world):
             total_gradient = nn.utils.parameters_to_vector(gradients)
             dist.all_reduce(total_gradient)
             nn.utils.vector_to_parameters(total_gradient, gradients)
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
