@@ -139,15 +139,17 @@ def attend(query, keys, sparse, table, num_global_tokens, dropout_p=0.0):
 
 
 def dense_attention(query, key, value, mask=None, dropout_p=0.0, is_causal=False):
-    """`scaled_dot_product_attention`, written out where that is slow: in bfloat16 on a CPU, for its
-    backward pass takes twice as long, and so do few queries of many keys.
+    """`scaled_dot_product_attention`, written out where that is slow: on a CPU, for few queries of
+    many keys, and in bfloat16 for training, since its backward pass takes twice as long.
 
     query (…, T, D); key, value (…, K, D); mask (…, 1 or T, K), True where seen.
     """
-    slow = torch.is_grad_enabled() or query.shape[-2] <= 8
-    if not (query.is_cpu and query.dtype == torch.bfloat16 and slow):
+    few, half = query.shape[-2] <= 8, query.dtype == torch.bfloat16
+    if not (query.is_cpu and (few or half and torch.is_grad_enabled())):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal)
-    scores = (query / math.sqrt(query.shape[-1])) @ key.mT  # (…, T, K)
+    query = query / math.sqrt(query.shape[-1])
+    # (…, T, K). In float32 a product whose left-hand factor has more rows is the faster one.
+    scores = query @ key.mT if half else (key @ query.mT).mT
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if mask is not None:

@@ -6,7 +6,9 @@
 
 Pairs are JSON lines {"document": …, "summary": …}. Pretraining reads {"document": …} and learns to
 restore it: its sentences are shuffled, and spans of it, of Poisson length 3, are each replaced by
-one <mask> (M. Lewis et al., "BART" (2019), arXiv:1910.13461, as BARThez was).
+one <mask> (M. Lewis et al., "BART" (2019), arXiv:1910.13461, as BARThez was). Or else it learns to
+write its main sentences, of which only a <mask> is left (J. Zhang et al., "PEGASUS" (2019),
+arXiv:1912.08777).
 
 Killed and started again with the same arguments, a run goes on from its last checkpoint to the
 result it would have had. On several GPUs or machines: torchrun --nproc-per-node 8 train.py …
@@ -42,6 +44,8 @@ def parse_arguments():
                         help="override config keys, such as block_size=64 dropout=0.2")
     parser.add_argument("--train", metavar="FILE", help="pairs to fine-tune on")
     parser.add_argument("--pretrain", metavar="FILE", help="documents to pretrain on")
+    parser.add_argument("--gap-sentences", action="store_true",
+                        help="with --pretrain: write the main sentences, rather than restore all")
     parser.add_argument("--masked", type=float, default=0.3, metavar="SHARE",
                         help="with --pretrain: how much of a document is masked")
     parser.add_argument("--validation", metavar="FILE", help="pairs (with --pretrain: documents)")
@@ -128,6 +132,30 @@ class Infilling:
             start = rng.randrange(len(noisy) - span + 1)
             noisy[start:start + span] = [mask]
         return [bos, *noisy, eos], [bos, *target, eos]
+
+
+class GapSentences(Infilling):
+    """Pieces of documents, whose main sentences are to be written: those whose words the rest of
+    the piece says too."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.pieces = [piece for piece in self.pieces if len(piece) > 1]
+        self.lengths = [int((1 + self.masked) * sum(map(len, piece))) for piece in self.pieces]
+
+    def pair(self, i, _):
+        sentences = self.pieces[i]
+        words = Counter(id for sentence in sentences for id in sentence)
+        shared = [(Counter(sentence) & (words - Counter(sentence))).total()
+                  for sentence in sentences]
+        count = max(1, round(self.masked * len(sentences)))
+        gaps = sorted(range(len(sentences)), key=shared.__getitem__)[-count:]
+        bos, eos, mask = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id,
+                          self.tokenizer.mask_token_id)
+        source = [id for k, sentence in enumerate(sentences)
+                  for id in ([mask] if k in gaps else sentence)]
+        target = [id for k in sorted(gaps) for id in sentences[k]]
+        return [bos, *source, eos], [bos, *target, eos]
 
 
 def poisson(rng, mean):
@@ -315,8 +343,11 @@ def init_to_copy(model, std):
 
 
 def train(arguments, model, tokenizer, rank, world):
-    kind, keys, last = (Infilling, ["document"], arguments.masked) if arguments.pretrain else (
-        Pairs, ["document", "summary"], arguments.max_target_length)
+    if arguments.pretrain:
+        kind = GapSentences if arguments.gap_sentences else Infilling
+        keys, last = ["document"], arguments.masked
+    else:
+        kind, keys, last = Pairs, ["document", "summary"], arguments.max_target_length
     sizes = tokenizer, arguments.max_source_length, last
     data = kind(read_lines(arguments.pretrain or arguments.train, *keys), *sizes)
     held_out = None

@@ -111,6 +111,19 @@ def test_pretraining_restores_what_noise_leaves(pairs, tmp_path):
     assert set(noisy) <= set(target) | {tokenizer.mask_token_id}
 
 
+def test_gap_sentences_are_those_that_say_what_the_rest_says():
+    tokenizer = BarthezTokenizer(GOLDENS / "plain" / "sentencepiece.bpe.model")
+    main = "Le chat noir dort et la souris mange du fromage."
+    document = f"Il pleut sur toute la ville. Le chat noir dort. {main} La souris mange du fromage."
+    data = train.GapSentences([{"document": document}], tokenizer, 300, 0.25)
+    source, target = data.pair(0, None)
+    assert tokenizer.decode(target) == main
+    assert source.count(tokenizer.mask_token_id) == 1
+    without = [id for id in source if id != tokenizer.mask_token_id]
+    assert tokenizer.decode(without) == document.replace(main + " ", "")
+    assert not train.GapSentences([{"document": main}], tokenizer, 300, 0.25).pieces
+
+
 def test_a_new_model_finds_likely_what_it_attends_to_and_positions_alike_that_are_near():
     torch.manual_seed(0)
     model = BarthezForConditionalGeneration(BarthezConfig(
