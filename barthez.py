@@ -207,9 +207,9 @@ class Output:
 
 def linear(x, weight, bias):
     """F.linear, save that on a CPU in float32 the few rows of a decoding step are the right-hand
-    factor of a matrix that widens them: torch then reads it up to twice as fast."""
-    rows, (outputs, inputs) = x.flatten(0, -2), weight.shape
-    if len(rows) > 64 or outputs < inputs or x.dtype != torch.float32 or not x.is_cpu:
+    factor: torch then reads the weights up to three times as fast."""
+    rows = x.flatten(0, -2)
+    if len(rows) > 64 or x.dtype != torch.float32 or not x.is_cpu:
         return F.linear(x, weight, bias)
     return torch.addmm(bias[:, None], weight, rows.T).T.contiguous().unflatten(0, x.shape[:-1])
 

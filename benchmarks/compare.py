@@ -14,6 +14,9 @@ All models have BARThez' sizes and the same random weights. The contenders are
     floor          the encoder's matrix products alone: projections, and feed-forward with GELU
     kernel         the fused attention of its blocks alone, over keys that lie ready in the cache
     dense          our encoder with full attention, fused, and without a mask to slow it down
+    products       our encoder, and of each decoding step the products of weights and beams alone
+    reading        our encoder, and each step's weights, document keys and values read once: not
+                   even a product, but what every step must do
     original       lsg_converter.mbart, by the authors of the paper
     transformers   MBart, full attention
     CTranslate2    MBart in an engine made for inference, in float32 and in int8
@@ -42,6 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = dict(vocab_size=50002, d_model=768, encoder_layers=6, decoder_layers=6,
              encoder_attention_heads=12, decoder_attention_heads=12, encoder_ffn_dim=3072,
              decoder_ffn_dim=3072, decoder_start_token_id=0, forced_eos_token_id=None)
+PROJECTIONS = "q_proj", "k_proj", "v_proj", "out_proj"
 SELECTIONS = "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling"
 PEERS = "original", "transformers", "ctranslate2"
 
@@ -147,14 +151,16 @@ def encoder_work(job):
 def floor_work(job):
     import torch
     layers, x = new_model(job).model.encoder.layers, torch.randn(job["length"], SIZES["d_model"])
-    x = x.to(job["device"], getattr(torch, job["dtype"]))
+    x = x.to(job["device"], getattr(torch, job["dtype"])).requires_grad_(job["backward"])
 
-    @torch.inference_mode()
+    @torch.inference_mode(not job["backward"])
     def products():
         for layer in layers:
-            for name in "q_proj", "k_proj", "v_proj", "out_proj":
-                layer.self_attn.get_submodule(name)(x)
-            layer.fc2(torch.nn.functional.gelu(layer.fc1(x)))
+            for product in *map(layer.self_attn.get_submodule, PROJECTIONS), lambda x: layer.fc2(
+                    torch.nn.functional.gelu(layer.fc1(x))):
+                y = product(x)
+                if job["backward"]:
+                    y.backward(y.detach())  # any gradient will do
 
     return products
 
@@ -163,14 +169,17 @@ def kernel_work(job):
     import torch
     layers, heads, block, head_dim = 6, 12, 128, 64
     query, key = (torch.randn(1, job["length"] // block, rows, head_dim, device=job["device"],
-                              dtype=getattr(torch, job["dtype"]))
+                              dtype=getattr(torch, job["dtype"]), requires_grad=job["backward"])
                   for rows in (block, 1 + 5 * block))
-    mask = torch.ones(1, len(query[0]), 1, key.shape[2], dtype=torch.bool, device=job["device"])
+    mask = torch.ones(1, query.shape[1], 1, key.shape[2], dtype=torch.bool, device=job["device"])
+    dropout = job["attention_dropout"] if job["backward"] else 0.0
 
-    @torch.inference_mode()
+    @torch.inference_mode(not job["backward"])
     def attention():
         for _ in range(layers * heads):
-            torch.nn.functional.scaled_dot_product_attention(query, key, key, mask)
+            out = torch.nn.functional.scaled_dot_product_attention(query, key, key, mask, dropout)
+            if job["backward"]:
+                out.backward(out.detach())
 
     return attention
 
@@ -180,6 +189,32 @@ def generate_work(job):
     model, ids, length = new_model(job), random_ids(job["length"], job), job["new_tokens"] + 1
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=job["beams"],
                                   min_length=length, max_length=length)[0, 1:]
+
+
+def bound_work(job):
+    import torch
+    model, ids = new_model(job), random_ids(job["length"], job)
+    from barthez import linear
+    decoder = model.model.decoder
+    weights = [module.weight for name, module in (*decoder.layers.named_modules(),
+                                                  ("lm_head", model.lm_head))
+               if isinstance(module, torch.nn.Linear)
+               and not name.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj"))]
+    beams = [weight.new_ones(job["beams"], weight.shape[1]) for weight in weights]
+    biases = [weight.new_zeros(weight.shape[0]) for weight in weights]
+
+    @torch.inference_mode()
+    def bound():
+        document = decoder.read(model.model.encoder(ids)[0])
+        for _ in range(job["new_tokens"]):
+            if job["step"] == "products":
+                for factors in zip(beams, weights, biases):
+                    linear(*factors)
+            else:  # the fastest way to touch all of a tensor
+                for tensor in (*weights, *(x for pair in document for x in pair)):
+                    tensor.flatten().view(torch.float32).amax()
+
+    return bound
 
 
 def ctranslate2_work(job):
@@ -225,6 +260,22 @@ def train_work(job):
     def step():
         optimizer.zero_grad()
         model(ids, labels=labels).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def train_bound_work(job):
+    import torch
+    products, attention = floor_work(job), kernel_work(job)
+    parameters = list(new_model(job).parameters())
+    optimizer = torch.optim.Adam(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step():
+        products()
+        attention()
         optimizer.step()
 
     return step
@@ -328,28 +379,37 @@ def compile(job):
 
 
 def generate(job):
-    ratio = [("original", "ours")]
-    rows, notes = race(job, "generate_work", {"ours": {}, "original": {"who": "original"}}, ratio,
-                       same=ratio)
+    products, reading = ({"work": "bound_work", "step": step} for step in ("products", "reading"))
+    pairs = [("original", "ours"), ("ours", "products"), ("ours", "reading"),
+             ("original", "reading")]
+    rows, notes = race(job, "generate_work", {
+        "ours": {}, "original": {"who": "original"}, "products": products, "reading": reading},
+        pairs, same=pairs[:1])
     dense = {"lsg": False, "length": job["length"] // 4}
-    engine = dense | {"who": "ctranslate2", "work": "ctranslate2_work"}
-    ours, half = (f"ours, dense at {dense['length']:,}{dtype}" for dtype in ("", ", bfloat16"))
-    contenders = {ours: dense, "transformers": dense | {"who": "transformers"},
-                  "CTranslate2": engine, half: dense | {"dtype": "bfloat16"},
-                  "CTranslate2 int8": engine | {"dtype": "int8"}}
-    ratios = [("transformers", ours), ("CTranslate2", ours), ("CTranslate2 int8", half)]
-    more = race(job, "generate_work", contenders, ratios, same=ratios)
+    half, engine = dense | {"dtype": "bfloat16"}, dense | {"who": "ctranslate2",
+                                                           "work": "ctranslate2_work"}
+    rows.append(f"| **dense at {dense['length']:,}** | | | | |")
+    pairs = [("transformers", "ours"), ("CTranslate2", "ours"), ("ours", "reading"),
+             ("CTranslate2 int8", "ours, bfloat16"), ("ours, bfloat16", "products, bfloat16"),
+             ("ours, bfloat16", "reading, bfloat16")]
+    more = race(job, "generate_work", {
+        "ours": dense, "transformers": dense | {"who": "transformers"}, "CTranslate2": engine,
+        "reading": dense | reading, "ours, bfloat16": half,
+        "CTranslate2 int8": engine | {"dtype": "int8"}, "products, bfloat16": half | products,
+        "reading, bfloat16": half | reading}, pairs, same=[*pairs[:2], pairs[3]])
     return rows + more[0], notes + more[1]
 
 
 def train(job):
     rows, notes = [], []
     for name, dropout in ("", 0.0), (", attention dropout", 0.1):
-        ours, original, less = (who + name for who in ("ours", "original", "ours checkpointing"))
+        ours, original, less, bound = (who + name for who in (
+            "ours", "original", "ours checkpointing", "bound"))
         own = {"attention_dropout": dropout}
-        more = race(job, "train_work", {ours: own, original: own | {"who": "original"},
-                                        less: own | {"checkpointing": True}},
-                    [(original, ours), (less, ours)], memory="peak")
+        more = race(job, "train_work", {
+            ours: own, original: own | {"who": "original"}, less: own | {"checkpointing": True},
+            bound: own | {"work": "train_bound_work", "backward": True}},
+            [(original, ours), (less, ours), (ours, bound), (original, bound)], memory="peak")
         rows, notes = rows + more[0], notes + more[1]
     return rows, notes
 
@@ -401,7 +461,8 @@ def main():
     import torch
     job["threads"] = job["threads"] or torch.get_num_threads()
     job |= dict(model=str(job["model"]), who="ours", lsg=True, compiled=False, checkpointing=False,
-                attention_dropout=0.0, positions=job["length"] * (4 if job["growth"] else 1))
+                backward=False, attention_dropout=0.0,
+                positions=job["length"] * (4 if job["growth"] else 1))
     with tempfile.TemporaryDirectory() as folder:
         job["weights"] = os.path.join(folder, "weights")
         new_model(job | {"dtype": "float32"})
