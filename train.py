@@ -15,6 +15,7 @@ result it would have had. On several GPUs or machines: torchrun --nproc-per-node
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -271,7 +272,8 @@ def mean_loss(model, data, batch_tokens, tokenizer, autocast):
 
 
 def report(arguments, model, tokenizer):
-    """Print ROUGE of the model and of two baselines, for each "source" that the pairs name."""
+    """Print the model's loss, and ROUGE of it and of two baselines, for each "source" that the
+    pairs name."""
     records = [record for record in read_lines(arguments.evaluate, "document", "summary")
                if not arguments.longer_than
                or len(tokenizer.encode(record["document"])) > arguments.longer_than]
@@ -281,6 +283,8 @@ def report(arguments, model, tokenizer):
     if arguments.train:
         common = Counter(record["summary"] for record in read_lines(arguments.train, "summary"))
         texts["most frequent"] = [common.most_common(1)[0][0]] * len(records)
+    loss = mean_loss(model, data, 16384, tokenizer, contextlib.nullcontext)
+    print(f"cross-entropy per token of the {len(records)} references: {loss:.3f}")
     sources = [record.get("source", "all") for record in records]
     for source in sorted(set(sources)):
         print(f"{source}: {sources.count(source)} documents   ROUGE-1  ROUGE-2  ROUGE-L")
