@@ -103,7 +103,9 @@ class Infilling:
     SPAN = 3.0  # mean length of what one <mask> replaces
 
     def __init__(self, records, tokenizer, max_source_length, masked):
-        self.tokenizer, self.masked = tokenizer, masked
+        self.masked = masked
+        self.bos, self.eos, self.mask = (tokenizer.bos_token_id, tokenizer.eos_token_id,
+                                         tokenizer.mask_token_id)
         self.pieces = []  # each a list of sentences, each of ids
         room = max_source_length - 2
         for record in records:
@@ -120,8 +122,6 @@ class Infilling:
         self.lengths = [2 * sum(map(len, piece)) for piece in self.pieces]
 
     def pair(self, i, rng):
-        bos, eos, mask = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id,
-                          self.tokenizer.mask_token_id)
         sentences = self.pieces[i]
         target = [id for sentence in sentences for id in sentence]
         noisy = [id for sentence in rng.sample(sentences, len(sentences)) for id in sentence]
@@ -131,8 +131,8 @@ class Infilling:
             budget -= max(spans[-1], 1)
         for span in spans:  # a span of 0 puts a <mask> where nothing is missing
             start = rng.randrange(len(noisy) - span + 1)
-            noisy[start:start + span] = [mask]
-        return [bos, *noisy, eos], [bos, *target, eos]
+            noisy[start:start + span] = [self.mask]
+        return [self.bos, *noisy, self.eos], [self.bos, *target, self.eos]
 
 
 class GapSentences(Infilling):
@@ -151,12 +151,10 @@ class GapSentences(Infilling):
                   for sentence in sentences]
         count = max(1, round(self.masked * len(sentences)))
         gaps = sorted(range(len(sentences)), key=shared.__getitem__)[-count:]
-        bos, eos, mask = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id,
-                          self.tokenizer.mask_token_id)
         source = [id for k, sentence in enumerate(sentences)
-                  for id in ([mask] if k in gaps else sentence)]
+                  for id in ([self.mask] if k in gaps else sentence)]
         target = [id for k in sorted(gaps) for id in sentences[k]]
-        return [bos, *source, eos], [bos, *target, eos]
+        return [self.bos, *source, self.eos], [self.bos, *target, self.eos]
 
 
 def poisson(rng, mean):
