@@ -17,6 +17,8 @@ All models have BARThez' sizes and the same random weights. The contenders are
     products       our encoder, and of each decoding step the products of weights and beams alone
     reading        our encoder, and each step's weights, document keys and values read once: not
                    even a product, but what every step must do
+    bound          of a training step: floor, the products of the decoder's keys and values, and
+                   kernel, all forward and backward, and Adam
     original       lsg_converter.mbart, by the authors of the paper
     transformers   MBart, full attention
     CTranslate2    MBart in an engine made for inference, in float32 and in int8
@@ -196,7 +198,7 @@ def generate_work(job):
                                   min_length=length, max_length=length)[0, 1:]
 
 
-def bound_work(job):
+def decoding_work(job):
     import torch
     model, ids = new_model(job), random_ids(job["length"], job)
     from barthez import linear
@@ -209,7 +211,7 @@ def bound_work(job):
     biases = [weight.new_zeros(weight.shape[0]) for weight in weights]
 
     @torch.inference_mode()
-    def bound():
+    def run():
         document = decoder.read(model.model.encoder(ids)[0])
         for _ in range(job["new_tokens"]):
             if job["step"] == "products":
@@ -219,7 +221,7 @@ def bound_work(job):
                 for tensor in (*weights, *(x for pair in document for x in pair)):
                     tensor.flatten().view(torch.float32).amax()
 
-    return bound
+    return run
 
 
 def ctranslate2_work(job):
@@ -250,14 +252,20 @@ def ctranslate2_work(job):
     return generate
 
 
-def train_work(job):
+def adam(model):
+    """An optimizer that has made its averages, by a step that changed nothing."""
     import torch
-    model, ids, labels = new_model(job).train(), *(
-        random_ids(length, job) for length in (job["length"], job["new_tokens"]))
     optimizer = torch.optim.Adam(model.parameters())
-    for parameter in model.parameters():  # a step that changes nothing, but makes Adam's averages
+    for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
+    return optimizer
+
+
+def train_work(job):
+    model, ids, labels = new_model(job).train(), *(
+        random_ids(length, job) for length in (job["length"], job["new_tokens"]))
+    optimizer = adam(model)
     if job["checkpointing"]:
         model.model.encoder.gradient_checkpointing = True
         model.model.decoder.gradient_checkpointing = True
@@ -271,12 +279,7 @@ def train_work(job):
 
 
 def train_bound_work(job):
-    import torch
-    products, attention = floor_work(job), kernel_work(job)
-    parameters = list(new_model(job).parameters())
-    optimizer = torch.optim.Adam(parameters)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+    products, attention, optimizer = floor_work(job), kernel_work(job), adam(new_model(job))
 
     def step():
         products()
@@ -384,7 +387,8 @@ def compile(job):
 
 
 def generate(job):
-    products, reading = ({"work": "bound_work", "step": step} for step in ("products", "reading"))
+    products, reading = (
+        {"work": "decoding_work", "step": step} for step in ("products", "reading"))
     pairs = [("original", "ours"), ("ours", "products"), ("original", "products"),
              ("ours", "reading")]
     rows, notes = race(job, "generate_work", {
