@@ -76,8 +76,8 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, 
                "gelu_new": partial(F.gelu, approximate="tanh")}
 GENERATION_SETTINGS = {
     "bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id",
-    "forced_eos_token_id", "num_beams", "max_length", "min_length", "length_penalty",
-    "no_repeat_ngram_size", "early_stopping"}
+    "forced_eos_token_id", "num_beams", "num_return_sequences", "max_length", "min_length",
+    "length_penalty", "no_repeat_ngram_size", "early_stopping"}
 ALIASES = {  # other names under which the model card and transformers know keys of config.json
     "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads",
     "attention_probs_dropout_prob": "attention_dropout", "lsg_num_pre_rounds": "lsh_num_pre_rounds"}
@@ -136,6 +136,7 @@ class BarthezConfig:
     decoder_start_token_id: int | None = None  # None: bos_token_id
     forced_eos_token_id: int | None = 2  # comes last where a summary reaches max_length
     num_beams: int = 1
+    num_return_sequences: int = 1  # texts for each document, at most num_beams
     max_length: int | None = None  # in tokens, the start token counted; None: 20, as transformers
     min_length: int = 0
     length_penalty: float = 1.0  # a hypothesis scores its log-probability / length**length_penalty
@@ -160,9 +161,13 @@ class BarthezConfig:
         for heads in (self.encoder_attention_heads, self.decoder_attention_heads):
             if heads < 1 or self.d_model % heads:
                 raise ValueError(f"d_model={self.d_model} is not divisible by {heads} heads")
-        for name, least in dict(num_beams=1, min_length=0, no_repeat_ngram_size=0).items():
+        for name, least in dict(num_beams=1, num_return_sequences=1, min_length=0,
+                                no_repeat_ngram_size=0).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: {least} is the least")
+        if self.num_return_sequences > self.num_beams:
+            raise ValueError(f"num_return_sequences={self.num_return_sequences} is more than "
+                             f"num_beams={self.num_beams} can give")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length={self.max_length}: a summary has at least 2 tokens, "
                              "start and end")
@@ -589,11 +594,12 @@ class BarthezForConditionalGeneration(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, *, progress=None, **settings):
-        """Write a text for each document, by beam search; one beam is greedy search.
+        """Write texts for each document, by beam search; one beam is greedy search.
 
         input_ids, attention_mask (B, length). `settings` are GENERATION_SETTINGS, and default to
         the checkpoint's config. `progress(tokens written, max_length)` is called before each step.
-        Returns ids (B, L), the start token first, padded with pad_token_id behind </s>.
+        Returns ids (B * num_return_sequences, L), a document's best text first, each with the start
+        token first and padded with pad_token_id behind </s>.
         Follows transformers 4.36.2, generation/utils.py and beam_search.py, to the token.
         """
         unknown = settings.keys() - GENERATION_SETTINGS
@@ -637,7 +643,8 @@ class BarthezForConditionalGeneration(nn.Module):
             tokens = torch.cat([tokens.gather(1, beam[..., None].expand_as(tokens)),
                                 token[..., None]], dim=2)
 
-        texts = [h.best(t, s) for h, t, s in zip(hypotheses, tokens, scores.tolist())]
+        texts = [text for h, *beams in zip(hypotheses, tokens, scores.tolist())
+                 for text in h.best(*beams)]
         ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=config.pad_token_id)
         return ids[:, :max_length]
 
@@ -742,11 +749,15 @@ class Hypotheses:
         return worst >= best_log_prob / length ** self.config.length_penalty
 
     def best(self, tokens, scores):
-        """The best text, the open beams (tokens (beams, L), scores) included unless done."""
+        """The num_return_sequences best texts, the best one first.
+
+        The open beams (tokens (beams, L), scores) are included unless done.
+        """
         if not self.done:
             for ids, log_prob in zip(tokens, scores):
                 self.add(ids, log_prob, length=len(ids) - 1)
-        return max(reversed(self.kept), key=lambda kept: kept[0])[1]
+        best = sorted(self.kept, key=lambda kept: kept[0])[::-1]  # of equals, the later first
+        return [ids for _, ids in best[:self.config.num_return_sequences]]
 
 
 # ------------------------------------------------------------------------------------------------

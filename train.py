@@ -10,6 +10,10 @@ one <mask> (M. Lewis et al., "BART" (2019), arXiv:1910.13461, as BARThez was). O
 write its main sentences, of which only a <mask> is left (J. Zhang et al., "PEGASUS" (2019),
 arXiv:1912.08777).
 
+A fine-tuned model can be taught to choose among what it would write: --expected-rouge adds to the
+loss the ROUGE that its own beams lack, each weighed by its likelihood (S. Shen et al., "Minimum
+Risk Training for Neural Machine Translation" (2016), arXiv:1512.02433).
+
 Killed and started again with the same arguments, a run goes on from its last checkpoint to the
 result it would have had. On several GPUs or machines: torchrun --nproc-per-node 8 train.py …
 """
@@ -31,7 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from barthez import BarthezConfig, BarthezForConditionalGeneration, init_weights
+from barthez import BarthezConfig, BarthezForConditionalGeneration, init_weights, shift_right
 from load_weights import load_model, read_json, save_model
 from tokenizer import BarthezTokenizer
 
@@ -62,6 +66,8 @@ def parse_arguments():
     parser.add_argument("--warmup", type=int, default=200, help="steps up to the full rate")
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--label-smoothing", type=float, default=0.1)
+    parser.add_argument("--expected-rouge", type=float, default=0.0, metavar="WEIGHT",
+                        help="with --train: loss for each point of ROUGE that the beams lack")
     parser.add_argument("--only-global-embeddings", action="store_true",
                         help="train nothing but the global tokens: cheap adaptation to LSG")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower")
@@ -69,7 +75,7 @@ def parse_arguments():
                         help="of the matrix products (default: bfloat16 where it is fast)")
     parser.add_argument("--evaluate-every", type=int, default=500, metavar="STEPS")
     parser.add_argument("--evaluate-on", type=int, default=200, metavar="N", help="records of it")
-    parser.add_argument("--num-beams", type=int, default=4, help="of the evaluation")
+    parser.add_argument("--num-beams", type=int, default=4, help="when it writes")
     parser.add_argument("--longer-than", type=int, default=0, metavar="N",
                         help="with --evaluate: only documents of more than N tokens")
     parser.add_argument("--examples", type=int, default=0, metavar="N",
@@ -344,6 +350,38 @@ def init_to_copy(model, std):
         layer.encoder_attn.out_proj.weight[:] = rotation.T
 
 
+def loss_with_rouge(arguments, model, tokenizer, batch, autocast):
+    """The cross-entropy of the labels, and arguments.expected_rouge for each point of ROUGE that
+    the model's own texts are expected to lack, summed over the documents."""
+    beams, pad, labels = arguments.num_beams, tokenizer.pad_token_id, batch["labels"]
+    model.eval()
+    with autocast():
+        written = model.generate(batch["input_ids"], batch["attention_mask"], num_beams=beams,
+                                 num_return_sequences=beams,
+                                 max_length=arguments.max_target_length)[:, 1:]
+    model.train()
+    references = [tokenizer.decode(ids) for ids in labels.masked_fill(labels == -100, pad)]
+    lacking = [100 - 100 * sum(rouge(tokenizer.decode(ids), references[i // beams])) / 3
+               for i, ids in enumerate(written)]
+
+    with autocast():
+        states, mask = model.model.encoder(batch["input_ids"], batch["attention_mask"])
+        document = model.model.decoder.read(states)
+
+        def losses(labels, copies):
+            """Cross-entropy, (B * copies, T), 0 behind a text's end."""
+            read = [[x.repeat_interleave(copies, 0) for x in layer] for layer in document]
+            hidden = model.model.decoder(shift_right(labels, pad), read,
+                                         mask.repeat_interleave(copies, 0))
+            return F.cross_entropy(model.logits(hidden).mT, labels, reduction="none")
+
+        surprise = losses(written.masked_fill(written == pad, -100), beams).sum(1)
+        surprise = surprise / (written != pad).sum(1)  # per token, as beam search compares
+        likelihood = (-2 * surprise.view(-1, beams)).softmax(1)
+        expected = (likelihood * likelihood.new_tensor(lacking).view_as(likelihood)).sum()
+        return arguments.expected_rouge * expected + losses(labels, 1).sum()
+
+
 def train(arguments, model, tokenizer, rank, world):
     if arguments.pretrain:
         kind = GapSentences if arguments.gap_sentences else Infilling
@@ -412,11 +450,14 @@ def train(arguments, model, tokenizer, rank, world):
             dist.all_reduce(count)
         total = 0.0
         for batch in micro_batches:
-            with autocast():
-                labels = batch["labels"]
-                logits = model(**batch).logits
-                loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum",
-                                       label_smoothing=arguments.label_smoothing) / count
+            labels = batch["labels"]
+            if arguments.expected_rouge:
+                loss = loss_with_rouge(arguments, model, tokenizer, batch, autocast) / count
+            else:
+                with autocast():
+                    logits = model(**batch).logits
+                    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum",
+                                           label_smoothing=arguments.label_smoothing) / count
             loss.backward()
             total += loss.item()
             tokens_seen += batch["input_ids"].numel() + labels.numel()

@@ -47,7 +47,7 @@ def test_same_ids_as_the_original(case):
 
 
 def test_the_recorded_cases_are_all_there():
-    assert len(RECORDED["cases"]) == 135
+    assert len(RECORDED["cases"]) == 147
 
 
 # ------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def beam_search(model, document, config):
     if not done:
         for score, text in beams:
             finish(score, text)
-    return finished[-1][1]
+    return [text for _, text in finished[::-1][:config["num_return_sequences"]]]
 
 
 def random_model(seed, lsg=True, **changes):
@@ -139,7 +139,7 @@ documents_strategy = st.lists(
     st.lists(st.integers(3, V - 1), min_size=1, max_size=15).map(lambda ids: [0, *ids, EOS]),
     min_size=1, max_size=3)
 settings_strategy = st.fixed_dictionaries({
-    "num_beams": st.integers(2, 4), "max_length": st.integers(2, 11),
+    "num_beams": st.integers(2, 4), "num_return_sequences": st.integers(1, 2), "max_length": st.integers(2, 11),
     "min_length": st.integers(0, 7), "no_repeat_ngram_size": st.integers(0, 3),
     "length_penalty": st.sampled_from([-1.0, 0.0, 0.7, 1.0, 2.0]),
     "early_stopping": st.sampled_from([True, False, "never"]),
@@ -150,24 +150,26 @@ settings_strategy = st.fixed_dictionaries({
 @given(st.integers(0, 999), st.booleans(), documents_strategy, settings_strategy)
 def test_beam_search_equals_the_plain_search(seed, lsg, documents, settings):
     model = random_model(seed, lsg)
-    expected = [beam_search(model, document, settings) for document in documents]
+    expected = [text for document in documents for text in beam_search(model, document, settings)]
     assert model.generate(batch_of(documents), **settings).tolist() == batch_of(expected).tolist()
 
 
 @hypothesis_settings(max_examples=15)
 @given(st.integers(0, 999), st.booleans(), documents_strategy, settings_strategy)
 def test_one_beam_is_greedy_search(seed, lsg, documents, settings):
-    model, settings = random_model(seed, lsg), settings | {"num_beams": 1}
+    model = random_model(seed, lsg)
+    settings |= {"num_beams": 1, "num_return_sequences": 1}
     expected = [greedy_search(model, document, settings) for document in documents]
     assert model.generate(batch_of(documents), **settings).tolist() == batch_of(expected).tolist()
 
 
 def test_the_searches_disagree_with_each_other():
     """Else the two tests above would say nothing about beams."""
-    settings = {"num_beams": 4, "max_length": 9, "min_length": 3, "no_repeat_ngram_size": 2,
-                "length_penalty": 1.0, "early_stopping": True, "forced_eos_token_id": EOS}
+    settings = {"num_beams": 4, "num_return_sequences": 1, "max_length": 9, "min_length": 3,
+                "no_repeat_ngram_size": 2, "length_penalty": 1.0, "early_stopping": True,
+                "forced_eos_token_id": EOS}
     models, document = [random_model(seed) for seed in range(10)], [0, 5, 9, 7, 4, EOS]
-    beams = [beam_search(model, document, settings) for model in models]
+    beams = [beam_search(model, document, settings)[0] for model in models]
     assert sum(text != greedy_search(model, document, settings)
                for model, text in zip(models, beams)) > 4
     assert len({len(text) for text in beams}) > 3
@@ -318,8 +320,8 @@ def test_a_setting_that_generate_cannot_follow_is_an_error_that_names_it(setting
 
 
 @pytest.mark.parametrize("setting, value", [
-    ("num_beams", 0), ("max_length", 1), ("min_length", -1), ("no_repeat_ngram_size", -1),
-    ("early_stopping", "sometimes")])
+    ("num_beams", 0), ("num_return_sequences", 0), ("num_return_sequences", 2), ("max_length", 1),
+    ("min_length", -1), ("no_repeat_ngram_size", -1), ("early_stopping", "sometimes")])
 def test_an_impossible_setting_is_an_error_that_names_it(setting, value):
     with pytest.raises(ValueError, match=f"{setting}={value!r}"):
         random_model(3).generate(torch.tensor([[0, 5, EOS]]), **{setting: value})
@@ -366,7 +368,8 @@ finished = st.lists(st.tuples(st.sampled_from([-0.5, -1.0, -2.0, -3.5]), st.inte
 @given(finished, st.integers(1, 4), st.sampled_from([-1.0, 0.0, 1.0, 2.0]))
 def test_the_best_finished_texts_are_kept_and_of_equals_the_later(finished, num_beams, penalty):
     config = BarthezConfig(**vars(random_model(3).config)
-                           | {"num_beams": num_beams, "length_penalty": penalty})
+                           | {"num_beams": num_beams, "num_return_sequences": min(2, num_beams),
+                              "length_penalty": penalty})
     hypotheses, kept = Hypotheses(config, max_length=9), []
     for name, (log_prob, length) in enumerate(finished):
         hypotheses.add(name, log_prob, length)
@@ -375,4 +378,4 @@ def test_the_best_finished_texts_are_kept_and_of_equals_the_later(finished, num_
             kept = sorted([*kept, (score, name)])[-num_beams:]
     assert sorted(hypotheses.kept) == kept
     hypotheses.done = True
-    assert hypotheses.best(None, None) == kept[-1][1]
+    assert hypotheses.best(None, None) == [name for _, name in kept[:-3:-1]]

@@ -1,9 +1,11 @@
 """train.py: what it feeds the model, that it learns, and that a killed run loses nothing."""
 
+import contextlib
 import json
 import random
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 import train
 from barthez import BarthezConfig, BarthezForConditionalGeneration
 from conftest import GOLDENS, assert_close
+from load_weights import load_model
 from tokenizer import BarthezTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -55,8 +58,9 @@ def same(a, b, tolerance=0.0):
             assert_close(a[name], b[name], tolerance)
 
 
-def test_a_killed_run_goes_on_to_the_same_result(pairs, tmp_path, monkeypatch):
-    options = "--steps", 6, "--evaluate-every", 2, "--precision", "float32"
+@pytest.mark.parametrize("options", [(), ("--expected-rouge", 2, "--max-target-length", 9)])
+def test_a_killed_run_goes_on_to_the_same_result(pairs, tmp_path, monkeypatch, options):
+    options = "--steps", 6, "--evaluate-every", 2, "--precision", "float32", *options
     whole = run(pairs, tmp_path / "whole", *options)
 
     def killed(arguments, model, tokenizer, held_out, autocast, step):
@@ -97,6 +101,39 @@ def test_only_the_global_embeddings_change_if_asked(pairs, tmp_path):
                 "--weight-decay", 0, "--precision", "float32")
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed == {"model.encoder.global_embeddings.weight"}
+
+
+def test_expected_rouge_is_that_of_the_beams_by_their_likelihood():
+    model, tokenizer = load_model(GOLDENS / "plain", block_size=8, sparse_block_size=8, dropout=0.0,
+                                  attention_dropout=0.0, activation_dropout=0.0,
+                                  max_position_embeddings=256)
+    model.final_logits_bias[0, tokenizer.eos_token_id] = 2.0  # so that lengths differ
+    data = train.Pairs([{"document": " ".join(SENTENCES[i:]), "summary": SENTENCES[i]}
+                        for i in range(3)], tokenizer, None, None)
+    settings = {"num_beams": 3, "max_length": 11}
+    expected, lengths = 0.0, set()
+    for source, summary, target in zip(data.sources, data.summaries, data.targets):
+        source = torch.tensor([source])
+
+        def log_prob(ids):
+            """Of what follows the start token, in sum."""
+            logits = model(source, decoder_input_ids=ids[None, :-1]).logits[0]
+            return logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].sum()
+
+        written = [ids[ids != tokenizer.pad_token_id] for ids in model.generate(
+            source, num_return_sequences=3, **settings)]
+        lengths |= {len(ids) for ids in written}
+        weights = [(2 * log_prob(ids) / (len(ids) - 1)).exp() for ids in written]
+        points = [100 * sum(train.rouge(tokenizer.decode(ids), summary)) / 3 for ids in written]
+        lacking = sum(w * (100 - p) for w, p in zip(weights, points)) / sum(weights)
+        expected += 0.7 * lacking - log_prob(torch.tensor(target[-1:] + target))
+    assert len(lengths) > 1
+    batch = train.tensors([data.pair(i, None) for i in range(3)], tokenizer.pad_token_id, "cpu")
+    arguments = Namespace(num_beams=3, max_target_length=11, expected_rouge=0.7)
+    loss = train.loss_with_rouge(arguments, model, tokenizer, batch, contextlib.nullcontext)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    assert model.training and model.model.encoder.embed_positions.weight.grad.abs().sum() > 0
 
 
 def test_pretraining_restores_what_noise_leaves(pairs, tmp_path):
