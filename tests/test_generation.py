@@ -139,8 +139,9 @@ documents_strategy = st.lists(
     st.lists(st.integers(3, V - 1), min_size=1, max_size=15).map(lambda ids: [0, *ids, EOS]),
     min_size=1, max_size=3)
 settings_strategy = st.fixed_dictionaries({
-    "num_beams": st.integers(2, 4), "num_return_sequences": st.integers(1, 2), "max_length": st.integers(2, 11),
-    "min_length": st.integers(0, 7), "no_repeat_ngram_size": st.integers(0, 3),
+    "num_beams": st.integers(2, 4), "num_return_sequences": st.integers(1, 2),
+    "max_length": st.integers(2, 11), "min_length": st.integers(0, 7),
+    "no_repeat_ngram_size": st.integers(0, 3),
     "length_penalty": st.sampled_from([-1.0, 0.0, 0.7, 1.0, 2.0]),
     "early_stopping": st.sampled_from([True, False, "never"]),
     "forced_eos_token_id": st.sampled_from([None, EOS])})

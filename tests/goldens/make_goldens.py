@@ -619,9 +619,9 @@ def make_generation(folder, vocab_size):
                for beams, penalty in ((1, 1.0), (3, 2.0), (4, 1.0)) for n in (0, 5, 12, 20)]
     grams = [{"no_repeat_ngram_size": n, "forced_eos_token_id": forced, "num_beams": beams,
               "max_length": 18} for n in (0, 2, 3) for forced in (None, 2) for beams in (1, 3)]
-    several = [{"num_beams": beams, "num_return_sequences": count, "max_length": 14, "min_length": 4,
-                "early_stopping": stop} for beams, count in ((2, 2), (4, 3), (5, 5))
-               for stop in (True, False)]
+    several = [{"num_beams": beams, "num_return_sequences": count, "max_length": 14,
+                "min_length": 4, "early_stopping": stop}
+               for beams, count in ((2, 2), (4, 3), (5, 5)) for stop in (True, False)]
     groups = [  # model, config, lengths of the texts, mask given, settings, how many must differ
         ("lsg", lsg, (40,), True, stopping(2), 5), ("lsg", lsg, (33, 20), True, stopping(3), 6),
         ("lsg", cut, (40, 9), True, stopping(4), 6), ("dense", {}, (23, 50), True, stopping(5), 6),
