@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from barthez import (BarthezConfig, BarthezForConditionalGeneration, Hypotheses, Past,
-                     init_weights)
-from conftest import GOLDENS
+from barthez import (BarthezConfig, BarthezForConditionalGeneration, Hypotheses, Linear, Past,
+                     init_weights, packed)
+from conftest import GOLDENS, assert_close
 from load_weights import load_model
 
 RECORDED = json.loads((GOLDENS / "generation.json").read_text())
@@ -291,6 +291,50 @@ def test_progress_is_told_at_each_step():
     random_model(3).generate(torch.tensor([[0, 5, EOS]]), max_length=6, min_length=6,
                              progress=lambda *step: steps.append(step))
     assert steps == [(1, 6), (2, 6), (3, 6), (4, 6), (5, 6)]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+def test_weights_are_packed_for_as_long_as_it_writes():
+    model, source = random_model(3), torch.tensor([[0, 5, 9, EOS]])
+    layers = [m for m in model.modules() if isinstance(m, Linear)]
+    states = torch.randn(1, 3, 12)
+    plain = [layer(states) for layer in layers if layer.in_features == 12]
+    with packed(model):
+        assert all(layer.packed is not None for layer in layers)
+        for layer, expected in zip((m for m in layers if m.in_features == 12), plain):
+            assert_close(layer(states), expected, 1e-6)
+
+    def stop(*_):
+        assert model.lm_head.packed is not None
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(source, progress=stop)
+    assert all(layer.packed is None for layer in layers)
+
+
+def test_new_weights_write_new_texts():
+    model, other, source = random_model(3), random_model(5), torch.tensor([[0, 5, 9, EOS]])
+    settings = {"num_beams": 3, "max_length": 9, "min_length": 6}
+    first, expected = model.generate(source, **settings), other.generate(source, **settings)
+    for new, old in zip(other.state_dict().values(), model.state_dict().values()):
+        old.data.copy_(new)
+    assert model.generate(source, **settings).equal(expected) and not first.equal(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_types_that_cannot_be_packed_write_all_the_same(dtype):
+    source, settings = torch.tensor([[0, 5, 9, EOS]]), {"num_beams": 3, "max_length": 9}
+    expected = random_model(3).generate(source, **settings)
+    assert random_model(3).to(dtype).generate(source, **settings).equal(expected)
+
+
+def test_autocast_packs_nothing():
+    model, packed_at_step = random_model(3), []
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(torch.tensor([[0, 5, 9, EOS]]), max_length=9, progress=lambda *_:
+                       packed_at_step.append(model.lm_head.packed is not None))
+    assert packed_at_step and not any(packed_at_step)
 
 
 @pytest.mark.parametrize("training", [True, False])
