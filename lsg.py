@@ -292,15 +292,15 @@ def check_options(block_size, sparse_block_size, sparsity_factor, sparsity_type,
 class LSGSelfAttention(nn.Module):
     """Multi-head self-attention with LSG, under mBART's names; `options` as for `lsg_attention`."""
 
-    def __init__(self, embed_dim, num_heads, *, dropout=0.0, **options):
+    def __init__(self, embed_dim, num_heads, *, dropout=0.0, linear=nn.Linear, **options):
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"{embed_dim=} is not divisible by {num_heads=}")
         self.num_heads, self.dropout, self.options = num_heads, dropout, options
-        self.k_proj = nn.Linear(embed_dim, embed_dim)
-        self.v_proj = nn.Linear(embed_dim, embed_dim)
-        self.q_proj = nn.Linear(embed_dim, embed_dim)
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.k_proj = linear(embed_dim, embed_dim)
+        self.v_proj = linear(embed_dim, embed_dim)
+        self.q_proj = linear(embed_dim, embed_dim)
+        self.out_proj = linear(embed_dim, embed_dim)
 
     def forward(self, hidden_states, attention_mask=None):
         """hidden_states (B, T, embed_dim), the globals first; attention_mask (B, T)."""

@@ -8,7 +8,7 @@ import torch
 import barthez
 from barthez import (BarthezConfig, BarthezForCausalLM, BarthezForConditionalGeneration,
                      BarthezForQuestionAnswering, BarthezForSequenceClassification, BarthezModel,
-                     init_weights, shift_right)
+                     Linear, init_weights, shift_right)
 from conftest import GOLDENS, assert_close
 from load_weights import read_tensors
 
@@ -182,6 +182,27 @@ def test_embeddings_are_tied_and_can_be_untied():
         assert model.model.encoder.embed_tokens.weight is shared
         assert model.model.decoder.embed_tokens.weight is shared
         assert (model.lm_head.weight is shared) == (model is tied)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 300, 7), (511, 7), (512, 7)])
+def test_a_linear_layer_is_linear_however_many_rows(shape, dtype, monkeypatch):
+    torch.manual_seed(0)
+    layer = Linear(7, 11).to(dtype)
+    x = torch.randn(*shape[:-1], 14, dtype=dtype)[..., ::2].requires_grad_()  # not contiguous
+    ways, convolution = [], torch.nn.functional.conv2d
+    monkeypatch.setattr(torch.nn.functional, "conv2d",
+                        lambda *inputs: ways.append("conv2d") or convolution(*inputs))
+    actual, expected = layer(x), torch.einsum("...i,oi->...o", x, layer.weight) + layer.bias
+    tolerance = 1e-5 if dtype != torch.bfloat16 else 2e-2
+    assert_close(actual, expected, tolerance)
+    if torch.backends.mkldnn.is_available():
+        assert ways == ["conv2d"] * (dtype == torch.float32 and x.numel() >= 512 * 7)
+    if dtype != torch.bfloat16:
+        seed = torch.randn_like(expected) / x[..., 0].numel()
+        for got, wanted in zip(*(torch.autograd.grad(y, (x, layer.weight, layer.bias), seed)
+                                 for y in (actual, expected))):
+            assert_close(got, wanted)
 
 
 # ------------------------------------------------------------------------------------------------
