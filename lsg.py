@@ -139,12 +139,13 @@ def attend(query, keys, sparse, table, num_global_tokens, dropout_p=0.0):
 
 
 def dense_attention(query, key, value, mask=None, dropout_p=0.0, is_causal=False):
-    """`scaled_dot_product_attention`, written out where that is slow: on a CPU, for few queries of
-    many keys, and in bfloat16 for training, since its backward pass takes twice as long.
+    """`scaled_dot_product_attention`, written out where that is slow: on a CPU for few queries of
+    many keys, and in bfloat16 also for a block of them, and for training.
 
     query (…, T, D); key, value (…, K, D); mask (…, 1 or T, K), True where seen.
     """
-    few, half = query.shape[-2] <= 8, query.dtype == torch.bfloat16
+    half = query.dtype == torch.bfloat16
+    few = query.shape[-2] <= (256 if half else 8)
     if not (query.is_cpu and (few or half and torch.is_grad_enabled())):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal)
     query = query / math.sqrt(query.shape[-1])
@@ -153,7 +154,7 @@ def dense_attention(query, key, value, mask=None, dropout_p=0.0, is_causal=False
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
     return F.dropout(scores.softmax(-1), dropout_p) @ value
 
 
