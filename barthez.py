@@ -82,6 +82,7 @@ GENERATION_SETTINGS = {
 ALIASES = {  # other names under which the model card and transformers know keys of config.json
     "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads",
     "attention_probs_dropout_prob": "attention_dropout", "lsg_num_pre_rounds": "lsh_num_pre_rounds"}
+ONEDNN = torch.backends.mkldnn.is_available()
 NUM_GLOBAL_EMBEDDINGS = 512  # rows of the published table, of which num_global_tokens are used
 
 
@@ -218,8 +219,8 @@ class Linear(nn.Linear):
     def forward(self, x):
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        if not (x.is_cpu and x.dtype == torch.float32 and x.numel() >= 512 * self.in_features
-                and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")):
+        if not (ONEDNN and x.is_cpu and x.dtype == torch.float32
+                and x.numel() >= 512 * self.in_features):
             return super().forward(x)
         # In float32 F.linear is MKL's, which on AMD's CPUs takes 1.2 to 1.4 times as long over many
         # rows as a convolution of width 1: the rows are the pixels of an image, channels last.

@@ -205,6 +205,14 @@ def test_a_linear_layer_is_linear_however_many_rows(shape, dtype, monkeypatch):
             assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_encoder_compiles_to_one_graph(training):
+    encoder = model_of(max_position_embeddings=600).train(training).model.encoder
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    ids = text_of(600)  # long enough for all the ways that it may take
+    assert_close(compiled(ids)[0], encoder(ids)[0])
+
+
 # ------------------------------------------------------------------------------------------------
 # The whole model as a formula, with full attention
 
