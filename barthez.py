@@ -214,11 +214,12 @@ class Output:
 
 class Linear(nn.Linear):
     """nn.Linear, whose products on a CPU are oneDNN's where F.linear is slow."""
-    packed = None  # the weights as oneDNN orders them
+    packed_weight = None  # the weights as oneDNN orders them
 
     def forward(self, x):
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        weight = self.packed_weight  # once: another thread may be done with it
+        if weight is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
         if not (ONEDNN and x.is_cpu and x.dtype == torch.float32
                 and x.numel() >= 512 * self.in_features):
             return super().forward(x)
@@ -237,11 +238,11 @@ def packed(*modules):
     try:
         with suppress(AttributeError, RuntimeError):  # a device, type or build without that order
             for layer in layers if not torch.is_autocast_enabled("cpu") else ():
-                layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight)
+                layer.packed_weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight)
         yield
     finally:
         for layer in layers:
-            layer.packed = None
+            layer.packed_weight = None
 
 
 class Attention(nn.Module):

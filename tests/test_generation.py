@@ -300,17 +300,17 @@ def test_weights_are_packed_for_as_long_as_it_writes():
     states = torch.randn(1, 3, 12)
     plain = [layer(states) for layer in layers if layer.in_features == 12]
     with packed(model):
-        assert all(layer.packed is not None for layer in layers)
+        assert all(layer.packed_weight is not None for layer in layers)
         for layer, expected in zip((m for m in layers if m.in_features == 12), plain):
             assert_close(layer(states), expected, 1e-6)
 
     def stop(*_):
-        assert model.lm_head.packed is not None
+        assert model.lm_head.packed_weight is not None
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         model.generate(source, progress=stop)
-    assert all(layer.packed is None for layer in layers)
+    assert all(layer.packed_weight is None for layer in layers)
 
 
 def test_new_weights_write_new_texts():
@@ -333,7 +333,7 @@ def test_autocast_packs_nothing():
     model, packed_at_step = random_model(3), []
     with torch.autocast("cpu", torch.bfloat16):
         model.generate(torch.tensor([[0, 5, 9, EOS]]), max_length=9, progress=lambda *_:
-                       packed_at_step.append(model.lm_head.packed is not None))
+                       packed_at_step.append(model.lm_head.packed_weight is not None))
     assert packed_at_step and not any(packed_at_step)
 
 
