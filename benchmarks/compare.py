@@ -12,6 +12,7 @@ All models have BARThez' sizes and the same random weights. The contenders are
 
     ours           this repository, with LSG attention
     floor          the encoder's matrix products alone: projections, and feed-forward with GELU
+    F.linear       the same by F.linear, where our own float32 products are convolutions
     kernel         the attention of its blocks alone, over keys that lie ready in the cache
     dense          our encoder with full attention, fused, and without a mask to slow it down
     products       our encoder, and of each decoding step the products of weights and beams alone
@@ -153,6 +154,9 @@ def encoder_work(job):
 def floor_work(job):
     import torch
     model, x = new_model(job).model, torch.randn(job["length"], SIZES["d_model"])
+    if job["plain"]:
+        from barthez import Linear
+        Linear.forward = torch.nn.Linear.forward
     x = x.to(job["device"], getattr(torch, job["dtype"])).requires_grad_(job["backward"])
     products = []
     for layer in model.encoder.layers:
@@ -378,9 +382,11 @@ def encoder(job):
         short, long = (f"ours at {job['length'] * times:,}" for times in (1, 4))
         return race(job, "encoder_work", {short: {}, long: {"length": 4 * job["length"]}},
                     [(long, short)])
+    parts = floor | {"F.linear": {"work": "floor_work", "plain": True},
+                     "kernel": {"work": "kernel_work"}}
     peers = {"ours": {}, "original": {"who": "original"}, "dense": {"lsg": False}}
-    ratios = [("original", "ours"), ("dense", "ours"), ("ours", "floor")]
-    return race(job, "encoder_work", floor | {"kernel": {"work": "kernel_work"}} | peers,
+    ratios = [("original", "ours"), ("dense", "ours"), ("ours", "floor"), ("ours", "F.linear")]
+    return race(job, "encoder_work", parts | peers,
                 ratios + [("kernel", "floor"), ("original", "floor")], same=ratios[:2])
 
 
@@ -473,7 +479,7 @@ def main():
     import torch
     job["threads"] = job["threads"] or torch.get_num_threads()
     job |= dict(model=str(job["model"]), who="ours", lsg=True, compiled=False, checkpointing=False,
-                backward=False, attention_dropout=0.0,
+                plain=False, backward=False, attention_dropout=0.0,
                 positions=job["length"] * (4 if job["growth"] else 1))
     with tempfile.TemporaryDirectory() as folder:
         job["weights"] = os.path.join(folder, "weights")
