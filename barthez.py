@@ -634,7 +634,6 @@ class BarthezForConditionalGeneration(nn.Module):
         if attention_mask is None:
             attention_mask = input_ids != config.pad_token_id
         states, document_mask = self.model.encoder(input_ids, attention_mask)
-        document = self.model.decoder.read(states)
 
         B, beams = len(input_ids), config.num_beams
         past = Past(config, B, max_length, states)
@@ -647,6 +646,7 @@ class BarthezForConditionalGeneration(nn.Module):
         hypotheses = [Hypotheses(config, max_length) for _ in range(B)]
 
         with packed(self.model.decoder, self.lm_head):
+            document = self.model.decoder.read(states)
             while tokens.shape[2] < max_length and not all(h.done for h in hypotheses):
                 if progress:
                     progress(tokens.shape[2], max_length)
