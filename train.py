@@ -448,7 +448,7 @@ def train(arguments, model, tokenizer, rank, world):
         count = torch.stack([(b["labels"] != -100).sum() for b in micro_batches]).sum()
         if world > 1:
             dist.all_reduce(count)
-        total = 0.0
+        total = torch.zeros((), device=device)
         for batch in micro_batches:
             labels = batch["labels"]
             if arguments.expected_rouge:
@@ -459,22 +459,22 @@ def train(arguments, model, tokenizer, rank, world):
                     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum",
                                            label_smoothing=arguments.label_smoothing) / count
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
             tokens_seen += batch["input_ids"].numel() + labels.numel()
         if world > 1:  # one exchange for all gradients: one for each takes many times as long
-            gradients = [p.grad for p in weights]
-            total_gradient = nn.utils.parameters_to_vector(gradients)
-            dist.all_reduce(total_gradient)
-            nn.utils.vector_to_parameters(total_gradient, gradients)
+            sums = [total, *(p.grad for p in weights)]
+            vector = nn.utils.parameters_to_vector(sums)
+            dist.all_reduce(vector)
+            nn.utils.vector_to_parameters(vector, sums)
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         state["step"] += 1
 
-        running = total if running is None else 0.98 * running + 0.02 * total
+        running = total if running is None else running.lerp(total, 0.02)
         if state["step"] % 20 == 0:
-            rate = tokens_seen / (time.time() - began)
+            rate = world * tokens_seen / (time.time() - began)
             say(rank, f"step {state['step']}/{arguments.steps}  epoch {state['epoch']}  "
                 f"loss {running:.3f}  {rate:,.0f} tokens/s", progress=state["step"] % 20)
         if state["step"] % arguments.evaluate_every == 0 or state["step"] == arguments.steps:

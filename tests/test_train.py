@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -39,8 +40,10 @@ def run(pairs, output, *options, launcher=()):
                  "--batch-tokens", 300, "--learning-rate", 1e-3, "--warmup", 2, "--set",
                  "max_position_embeddings=256", "block_size=8", "sparse_block_size=8", *options]
     if launcher:
-        subprocess.run([sys.executable, "-m", *launcher, *map(str, arguments)], cwd=ROOT,
-                       check=True, capture_output=True, timeout=120)
+        command = [sys.executable, "-m", *launcher, *map(str, arguments)]
+        process = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True,
+                                 timeout=120)
+        print(process.stderr, file=sys.stderr)
     else:
         old, sys.argv = sys.argv, list(map(str, arguments))
         try:
@@ -86,12 +89,14 @@ def test_accumulated_batches_count_as_one(pairs, tmp_path):
          once, 3e-4)
 
 
-def test_two_processes_train_as_one_that_accumulates(pairs, tmp_path):
-    options = ["--steps", 2, "--precision", "float32", "dropout=0.0"]
-    options = ["dropout=0.0", "attention_dropout=0.0", "activation_dropout=0.0", *options[:4]]
+def test_two_processes_train_as_one_that_accumulates(pairs, tmp_path, capsys):
+    options = ("dropout=0.0", "attention_dropout=0.0", "activation_dropout=0.0", "--steps", 20,
+               "--learning-rate", 1e-4, "--precision", "float32")
     two = run(pairs, tmp_path / "two", *options, launcher=(
         "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
     same(two, run(pairs, tmp_path / "one", *options, "--accumulate", 2), 3e-4)
+    losses = re.findall(r"loss (\d+\.\d+)", capsys.readouterr().err)
+    assert len(losses) == 2 and abs(float(losses[0]) - float(losses[1])) < 0.002
 
 
 def test_only_the_global_embeddings_change_if_asked(pairs, tmp_path):
