@@ -461,7 +461,7 @@ def train(arguments, model, tokenizer, rank, world):
             loss.backward()
             total += loss.detach()
             tokens_seen += batch["input_ids"].numel() + labels.numel()
-        if world > 1:  # one exchange for all gradients: one for each takes many times as long
+        if world > 1:  # one exchange for everything: one for each takes many times as long
             sums = [total, *(p.grad for p in weights)]
             vector = nn.utils.parameters_to_vector(sums)
             dist.all_reduce(vector)
