@@ -3,95 +3,63 @@
     python barthez.py --summarize file.txt
 
 BARThez is an mBART: M. Kamal Eddine et al., "BARThez: a Skilled Pretrained French
-Sequence-to-Sequence Model" (2020), arXiv:2010.12321, after Y. Liu et al., arXiv:2001.08210. Its
-published code is transformers' models/mbart/modeling_mbart.py (4.36.2), and with LSG
-lsg_converter/mbart/modeling_lsg_mbart.py (0.1.9). The modules below bear the checkpoint's names.
+Sequence-to-Sequence Model" (2020), arXiv:2010.12321, after Y. Liu et al., arXiv:2001.08210.
+Official code: transformers 4.36.2, models/mbart/modeling_mbart.py; with LSG, lsg-converter 0.1.9,
+lsg_converter/mbart/modeling_lsg_mbart.py. Modules have the names of the checkpoint.
 
-The way of a document: text -> ids (tokenizer.py) -> Encoder, whose self-attention is lsg.py's
--> BarthezForConditionalGeneration.generate: beams, each step through the Decoder -> ids -> text.
+The walk of a document: main -> load_model -> read_checkpoint (load_weights.py) -> text to ids
+(tokenizer.py) -> generate -> Encoder -> lsg_attention (lsg.py) -> Decoder and beam_search
+(beam_search.py) -> ids to text.
 
-Letters in the comments on shapes:
-    B batch, H heads, D head_dim, E d_model    S tokens of the document, globals included
-    T tokens of the decoder, V vocabulary      L tokens generated so far
+Letters used for shapes:
+    B batch    H heads    D head dimension    E d_model    V vocabulary
+    T tokens of the sequence that attends     S tokens of the encoded document, globals included
 """
 
 import argparse
-import sys
-
-
-def parse_arguments():
-    """The command line. It stands here, before torch is imported, so that --help is instant."""
-    parser = argparse.ArgumentParser(
-        prog="barthez.py", description="LSG-BARThez: summaries of long French documents.")
-    task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--summarize", nargs="+", metavar="FILE",
-                      help="print a summary of each UTF-8 text file; - is standard input")
-    task.add_argument("--fill-mask", metavar="TEXT",
-                      help="print the 5 likeliest words for <mask> in TEXT, with probabilities")
-    task.add_argument("--classify", metavar="TEXT", help="print TEXT's label and its probability")
-
-    model = parser.add_argument_group("the model")
-    model.add_argument("--model", metavar="NAME", help="Hub id, folder, or tiny, the bundled model "
-                       "(default: a published BARThez that fits the task)")
-    model.add_argument("--revision", help="branch, tag, commit or refs/pr/N on the Hub")
-    model.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
-    model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    model.add_argument("--dense", action="store_true", help="full attention in place of LSG")
-    model.add_argument("--max-source-length", type=int, metavar="N", help="tokens read of a text; "
-                       "positions are extended beyond the checkpoint's own if need be")
-
-    beams = parser.add_argument_group("the summary (default: as the checkpoint's config says)")
-    beams.add_argument("--num-beams", type=int, metavar="N", help="1 is greedy search")
-    beams.add_argument("--max-length", type=int, metavar="N", help="in tokens")
-    beams.add_argument("--min-length", type=int, metavar="N", help="in tokens")
-    beams.add_argument("--length-penalty", type=float, metavar="X", help="above 0 favours length")
-    beams.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="0 allows repeats")
-
-    lsg = parser.add_argument_group("LSG attention (default: as the checkpoint's config says)")
-    lsg.add_argument("--sparsity-type", metavar="TYPE", help="%(choices)s", choices=[
-        "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none"])
-    for name in ("block-size", "sparse-block-size", "sparsity-factor", "num-global-tokens",
-                 "lsh-num-pre-rounds"):
-        lsg.add_argument(f"--{name}", type=int, metavar="N")
-    for name in ("mask-first-token", "pool-with-global", "pass-global-tokens-to-decoder"):
-        lsg.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    arguments = parse_arguments()
-
 import math
-from contextlib import contextmanager, suppress
-from dataclasses import MISSING, dataclass, field, fields, replace
+import sys
+import warnings
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from lsg import LSGSelfAttention, check_options, dense_attention
+from beam_search import Cache, beam_search
+from cpu import accelerate, keep_freed_memory, packed_weights, tokens_in_pieces
+from load_weights import (EMBEDDING, GLOBALS, LSG_KEYS, POSITIONS, NoNetwork, architecture_name,
+                          convert_to_lsg, notice, one_line, parse_settings, published_config,
+                          read_checkpoint, resize_positions, run, write_checkpoint)
+from lsg import SPARSITY_TYPES, boolean_mask, check_options, full_attention, lsg_attention
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
                "gelu_new": partial(F.gelu, approximate="tanh")}
-GENERATION_SETTINGS = {
-    "bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id",
-    "forced_eos_token_id", "num_beams", "num_return_sequences", "max_length", "min_length",
-    "length_penalty", "no_repeat_ngram_size", "early_stopping"}
-ALIASES = {  # other names under which the model card and transformers know keys of config.json
+ALIASES = {  # other names that the model card and transformers use for keys of config.json
     "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads",
     "attention_probs_dropout_prob": "attention_dropout", "lsg_num_pre_rounds": "lsh_num_pre_rounds"}
-ONEDNN = torch.backends.mkldnn.is_available()
-NUM_GLOBAL_EMBEDDINGS = 512  # rows of the published table, of which num_global_tokens are used
+LSG_OPTIONS = ("block_size", "sparse_block_size", "sparsity_factor", "sparsity_type",
+               "num_global_tokens", "lsh_num_pre_rounds", "adaptive")
+TOKEN_IDS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id",
+             "forced_eos_token_id")
+BEAM_SETTINGS = ("num_beams", "num_return_sequences", "max_length", "min_length", "length_penalty",
+                 "no_repeat_ngram_size", "early_stopping")
+HEADS = "lm_head.", "final_logits_bias", "classification_head.", "qa_outputs."
+NUM_GLOBAL_EMBEDDINGS = 512  # rows of the published table; the first num_global_tokens are used
+
+
+# ------------------------------------------------------------------------------------------------
+# Configuration
 
 
 @dataclass(frozen=True)
 class BarthezConfig:
-    """What a checkpoint's config.json says, under its own names, and the defaults it goes by.
-
-    The settings of `generate` stand here too: BARThez keeps them in config.json.
-    """
+    """The keys of config.json, the settings of `generate` among them, with their defaults."""
     vocab_size: int
     d_model: int
     encoder_layers: int
@@ -106,8 +74,8 @@ class BarthezConfig:
     tie_word_embeddings: bool = True
     init_std: float = 0.02
 
-    # LSG (lsg.py explains them)
-    lsg: bool = True  # False: full attention, the plain published BARThez
+    # LSG attention; see lsg.py
+    lsg: bool = True  # False: full attention, as in the published BARThez
     block_size: int = 128
     sparse_block_size: int = 128
     sparsity_factor: int = 2
@@ -115,9 +83,9 @@ class BarthezConfig:
     num_global_tokens: int = 1
     lsh_num_pre_rounds: int = 1
     adaptive: bool = True
-    mask_first_token: bool = False  # <s> is seen by nobody: the first global stands in for it
-    pass_global_tokens_to_decoder: bool = True  # else they are cut off behind the encoder, and
-    pool_with_global: bool = True  # … the first one takes the place of <s>
+    mask_first_token: bool = False  # mask <s>; the first global token replaces it
+    pass_global_tokens_to_decoder: bool = True  # False: drop them after the encoder
+    pool_with_global: bool = True  # if they are dropped, the first one replaces <s>
 
     # Training
     dropout: float = 0.1
@@ -129,244 +97,226 @@ class BarthezConfig:
 
     # Classification
     id2label: dict = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
-    problem_type: str | None = None  # regression, {single,multi}_label_classification; None: guess
+    problem_type: str | None = None  # one of CHOICES; None: inferred from the labels
 
     # Generation
     bos_token_id: int = 0
     pad_token_id: int = 1
     eos_token_id: int = 2
     decoder_start_token_id: int | None = None  # None: bos_token_id
-    forced_eos_token_id: int | None = 2  # comes last where a summary reaches max_length
+    forced_eos_token_id: int | None = 2  # the last token of a text that reaches max_length
     num_beams: int = 1
     num_return_sequences: int = 1  # texts for each document, at most num_beams
-    max_length: int | None = None  # in tokens, the start token counted; None: 20, as transformers
+    max_length: int | None = None  # in tokens, with the start token; None: 20, as in transformers
     min_length: int = 0
-    length_penalty: float = 1.0  # a hypothesis scores its log-probability / length**length_penalty
+    length_penalty: float = 1.0  # a text scores its log-probability / length**length_penalty
     no_repeat_ngram_size: int = 0
-    early_stopping: bool | str = False  # True: stop at num_beams hypotheses; "never": exhaust
+    early_stopping: bool | str = False  # True: stop at num_beams finished texts; "never": search on
 
     def __post_init__(self):
+        """Raises ValueError that names the field, its value and what is allowed."""
         for f in fields(self):
-            value, kind = getattr(self, f.name), (int, float) if f.type is float else f.type
-            if not isinstance(value, kind) or "drop" in f.name and not 0 <= value <= 1:
-                raise ValueError(f"{f.name}={value!r} is impossible: "
-                                 + ("from 0 to 1" if "drop" in f.name else f"expected {kind}"))
-        if self.lsg:
-            check_options(self.block_size, self.sparse_block_size, self.sparsity_factor,
-                          self.sparsity_type, self.num_global_tokens, self.lsh_num_pre_rounds)
-            if not 1 <= self.num_global_tokens <= NUM_GLOBAL_EMBEDDINGS:
-                raise ValueError(f"num_global_tokens={self.num_global_tokens}: the table of global "
-                                 f"embeddings has 1 to {NUM_GLOBAL_EMBEDDINGS}")
-        if self.activation_function not in ACTIVATIONS:
-            raise ValueError(f"unknown activation_function {self.activation_function!r}: "
-                             f"choose one of {', '.join(ACTIVATIONS)}")
+            check_field(f.name, getattr(self, f.name), f.type)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {list(choices)}")
         for heads in (self.encoder_attention_heads, self.decoder_attention_heads):
-            if heads < 1 or self.d_model % heads:
+            if self.d_model % heads:
                 raise ValueError(f"d_model={self.d_model} is not divisible by {heads} heads")
-        for name, least in dict(num_beams=1, num_return_sequences=1, min_length=0,
-                                no_repeat_ngram_size=0).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: {least} is the least")
+        for name in TOKEN_IDS:
+            if (getattr(self, name) or 0) >= self.vocab_size:
+                raise ValueError(f"{name}={getattr(self, name)} must be below vocab_size="
+                                 f"{self.vocab_size}")
         if self.num_return_sequences > self.num_beams:
             raise ValueError(f"num_return_sequences={self.num_return_sequences} is more than "
-                             f"num_beams={self.num_beams} can give")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length={self.max_length}: a summary has at least 2 tokens, "
-                             "start and end")
-        if self.early_stopping not in (True, False, "never"):
-            raise ValueError(f"early_stopping={self.early_stopping!r}: True, False or 'never'")
+                             f"num_beams={self.num_beams}")
+        if self.lsg:
+            check_options(*(getattr(self, name) for name in LSG_OPTIONS[:-1]))
 
     @classmethod
     def from_dict(cls, settings):
-        """Read the contents of a config.json; unknown keys are ignored, missing sizes an error."""
+        """From the contents of a config.json. Unknown keys are ignored; null means the default."""
         settings = {ALIASES.get(key, key): value for key, value in settings.items()}
-        if settings.get("id2label"):
-            settings["id2label"] = {int(k): label for k, label in settings["id2label"].items()}
-        labels = settings.get("num_labels", len(settings.get("id2label") or "ab"))
-        if len(settings.get("id2label") or ()) != labels:
-            settings["id2label"] = {i: f"LABEL_{i}" for i in range(labels)}
-        missing = [f.name for f in fields(cls)
-                   if f.name not in settings and f.default is f.default_factory is MISSING]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} missing")
-        known = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in settings.items() if key in known})
+        settings["id2label"] = label_names(settings.get("id2label"), settings.get("num_labels"))
+        known = {}
+        for f in fields(cls):
+            value = settings.get(f.name, f.default)
+            if value is None and not isinstance(None, f.type):
+                value = f.default
+            if value is MISSING:
+                raise ValueError(f"{f.name} is missing")
+            known[f.name] = value
+        return cls(**known)
 
     @property
     def num_labels(self):
         return len(self.id2label)
 
 
+LIMITS = {  # least and greatest value of numbers in config.json; for all others 1 to a million
+    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "classifier_dropout",
+                     "encoder_layerdrop", "decoder_layerdrop"), (0, 1)),
+    **dict.fromkeys(TOKEN_IDS, (0, 10**7)), "vocab_size": (1, 10**7),
+    "encoder_layers": (1, 1000), "decoder_layers": (1, 1000), "init_std": (0, 100),
+    "sparse_block_size": (0, 10**6), "sparsity_factor": (0, 10**6), "lsh_num_pre_rounds": (0, 100),
+    "num_global_tokens": (1, NUM_GLOBAL_EMBEDDINGS), "num_beams": (1, 1000),
+    "max_length": (2, 10**6), "min_length": (0, 10**6), "no_repeat_ngram_size": (0, 10**6),
+    "length_penalty": (-50, 50)}
+CHOICES = {
+    "activation_function": ACTIVATIONS, "early_stopping": (True, False, "never"),
+    "problem_type": ("regression", "single_label_classification", "multi_label_classification",
+                     None)}
+
+
+def check_field(name, value, kind):
+    """Check the type and the range of one field of the configuration."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, bool):  # in Python also an int
+        fits = kind in (bool, bool | str)
+    elif kind is float:
+        fits = is_number
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        raise ValueError(f"{name}={value!r}: expected {getattr(kind, '__name__', kind)}")
+    low, high = LIMITS.get(name, (1, 10**6))
+    if is_number and not low <= value <= high:
+        raise ValueError(f"{name}={value!r}: choose a number from {low} to {high}")
+
+
+def label_names(id2label, num_labels):
+    """{index: name}, from what config.json has of them."""
+    id2label = id2label or {}
+    check_field("id2label", id2label, dict)
+    if num_labels is None:
+        num_labels = len(id2label) or 2
+    check_field("num_labels", num_labels, int)
+    if len(id2label) != num_labels:
+        return {i: f"LABEL_{i}" for i in range(num_labels)}
+    if {str(index) for index in id2label} != {str(i) for i in range(num_labels)}:
+        raise ValueError(f"id2label={id2label!r}: expected {{0: name, 1: name, …}}")
+    return {int(index): str(name) for index, name in id2label.items()}
+
+
 @dataclass
 class Output:
-    """What a model returns; what does not concern it stays None. Shapes (B, T, …) or (B, …)."""
+    """The results of a model. Unused fields are None."""
     loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None  # (B, T, V), or (B, num_labels) of a classifier
+    logits: torch.Tensor | None = None  # (B, T, V); of a classifier (B, num_labels)
     start_logits: torch.Tensor | None = None  # (B, T)
     end_logits: torch.Tensor | None = None  # (B, T)
-    last_hidden_state: torch.Tensor | None = None  # the decoder's, (B, T, E)
+    last_hidden_state: torch.Tensor | None = None  # of the decoder, (B, T, E)
     encoder_last_hidden_state: torch.Tensor | None = None  # (B, S, E)
 
 
 # ------------------------------------------------------------------------------------------------
-# The layers
-
-
-class Linear(nn.Linear):
-    """nn.Linear, whose products on a CPU are oneDNN's where F.linear is slow."""
-    packed_weight = None  # the weights as oneDNN orders them
-
-    def forward(self, x):
-        weight = self.packed_weight  # once: another thread may be done with it
-        if weight is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
-        if not (ONEDNN and x.is_cpu and x.dtype == torch.float32
-                and x.numel() >= 512 * self.in_features):
-            return super().forward(x)
-        # In float32 F.linear is MKL's, which on AMD's CPUs takes 1.2 to 1.4 times as long over many
-        # rows as a convolution of width 1: the rows are the pixels of an image, channels last.
-        image = x.reshape(1, 1, -1, self.in_features).permute(0, 3, 1, 2)
-        y = F.conv2d(image, self.weight[..., None, None], self.bias)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
-
-
-@contextmanager
-def packed(*modules):
-    """While this lasts, few rows are multiplied up to three times as fast on a CPU: F.linear brings
-    the weights into the order that oneDNN needs for each product anew."""
-    layers = [m for module in modules for m in module.modules() if isinstance(m, Linear)]
-    try:
-        with suppress(AttributeError, RuntimeError):  # a device, type or build without that order
-            for layer in layers if not torch.is_autocast_enabled("cpu") else ():
-                layer.packed_weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight)
-        yield
-    finally:
-        for layer in layers:
-            layer.packed_weight = None
+# Attention and layers
 
 
 class Attention(nn.Module):
-    """Full multi-head attention, of a sequence to itself or to a document."""
+    """Multi-head attention: project, attend by the function `attend`, project back."""
 
-    def __init__(self, embed_dim, num_heads, dropout):
+    def __init__(self, embed_dim, num_heads, dropout, attend=full_attention):
         super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
-        self.k_proj = Linear(embed_dim, embed_dim)
-        self.v_proj = Linear(embed_dim, embed_dim)
-        self.q_proj = Linear(embed_dim, embed_dim)
-        self.out_proj = Linear(embed_dim, embed_dim)
+        self.num_heads, self.dropout, self.attend = num_heads, dropout, attend
+        self.k_proj = nn.Linear(embed_dim, embed_dim)
+        self.v_proj = nn.Linear(embed_dim, embed_dim)
+        self.q_proj = nn.Linear(embed_dim, embed_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
 
     def split_heads(self, x):
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, length, D)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D)
 
     def keys_values(self, states):
-        """The keys and values of `states` (B, length, E), each (B, H, length, D)."""
+        """The keys and values of states (B, S, E), each (B, H, S, D)."""
         return self.split_heads(self.k_proj(states)), self.split_heads(self.v_proj(states))
 
-    def forward(self, hidden_states, key, value, mask=None, is_causal=False):
-        """hidden_states (B, T, E) -> (B, T, E); mask (B, 1, 1 or T, length), True where seen."""
-        context = dense_attention(
-            self.split_heads(self.q_proj(hidden_states)), key, value, mask,
-            self.dropout if self.training else 0.0, is_causal)
+    def forward(self, x, key, value, visible):
+        """x (B, T, E), key and value (B, H, S, D), visible as `attend` takes it -> (B, T, E)."""
+        query = self.split_heads(self.q_proj(x))  # (B, H, T, D)
+        dropout_p = self.dropout if self.training else 0.0
+        context = self.attend(query, key, value, visible, dropout_p=dropout_p)  # (B, H, T, D)
         return self.out_proj(context.transpose(1, 2).flatten(2))
 
 
-class DenseSelfAttention(Attention):
-    """Full self-attention in the place of LSGSelfAttention."""
+class Layer(nn.Module):
+    """Self-attention and feed-forward, each normalized before and added to what came in."""
 
-    def forward(self, hidden_states, attention_mask):
-        return super().forward(hidden_states, *self.keys_values(hidden_states),
-                               attention_mask.bool()[:, None, None])
-
-
-class FeedForward(nn.Module):
-    """What the layers of both stacks have in common: dropouts and the feed-forward half."""
-
-    def __init__(self, config, ffn_dim):
+    def __init__(self, config, num_heads, ffn_dim, attend=full_attention):
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation_function]
-        self.dropout, self.activation_dropout = config.dropout, config.activation_dropout
-        self.fc1 = Linear(config.d_model, ffn_dim)
-        self.fc2 = Linear(ffn_dim, config.d_model)
+        self.self_attn = Attention(config.d_model, num_heads, config.attention_dropout, attend)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.fc1 = nn.Linear(config.d_model, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, config.d_model)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.dropout = nn.Dropout(config.dropout)
+        self.activation_dropout = nn.Dropout(config.activation_dropout)
 
-    def drop(self, x):
-        return F.dropout(x, self.dropout, self.training)
-
-    def feed_forward(self, x):
-        def piece(x):
-            hidden = self.activation(self.fc1(self.final_layer_norm(x)))
-            hidden = F.dropout(hidden, self.activation_dropout, self.training)
-            return x + self.drop(self.fc2(hidden))
-
-        # On a CPU piece by piece: what is four times as wide as the text then stays in the cache.
-        return torch.cat([piece(p) for p in x.split(1024, dim=1)], dim=1) if x.is_cpu else piece(x)
-
-
-class EncoderLayer(FeedForward):
-    def __init__(self, config):
-        super().__init__(config, config.encoder_ffn_dim)
-        size = config.d_model, config.encoder_attention_heads
-        self.self_attn = (
-            LSGSelfAttention(*size, dropout=config.attention_dropout, linear=Linear, **{
-                name: getattr(config, name) for name in (
-                    "block_size", "sparse_block_size", "sparsity_factor", "sparsity_type",
-                    "num_global_tokens", "lsh_num_pre_rounds", "adaptive")})
-            if config.lsg else DenseSelfAttention(*size, config.attention_dropout))
-        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
-
-    def forward(self, x, attention_mask):
-        x = x + self.drop(self.self_attn(self.self_attn_layer_norm(x), attention_mask))
-        return self.feed_forward(x)
-
-
-class DecoderLayer(FeedForward):
-    def __init__(self, config):
-        super().__init__(config, config.decoder_ffn_dim)
-        size = config.d_model, config.decoder_attention_heads, config.attention_dropout
-        self.self_attn = Attention(*size)
-        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
-        self.encoder_attn = Attention(*size)
-        self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
-
-    def forward(self, x, mask, document, document_mask, past=None):
-        """x (B, T, E). Without a mask, attention is causal. `document` is the pair of the encoded
-        document's keys and values, or None; `past` a function that files away the new keys and
-        values and returns them with all those before."""
+    def attend_to_itself(self, x, visible, cache=None):
+        """x (B, T, E). A cache appends the new keys and values to those of the earlier tokens."""
         normed = self.self_attn_layer_norm(x)
         key, value = self.self_attn.keys_values(normed)
-        if past is not None:
-            key, value = past(key, value)
-        x = x + self.drop(self.self_attn(normed, key, value, mask, is_causal=mask is None))
-        if document is not None:
+        if cache is not None:
+            key, value = cache.append(key, value)
+        return x + self.dropout(self.self_attn(normed, key, value, visible))
+
+    @tokens_in_pieces
+    def feed_forward(self, x):
+        hidden = self.activation(self.fc1(self.final_layer_norm(x)))  # (B, T, ffn_dim)
+        return x + self.dropout(self.fc2(self.activation_dropout(hidden)))
+
+
+class EncoderLayer(Layer):
+    def __init__(self, config):
+        attend = full_attention
+        if config.lsg:
+            attend = partial(lsg_attention, **{key: getattr(config, key) for key in LSG_OPTIONS})
+        super().__init__(config, config.encoder_attention_heads, config.encoder_ffn_dim, attend)
+
+    def forward(self, x, visible):
+        return self.feed_forward(self.attend_to_itself(x, visible))
+
+
+class DecoderLayer(Layer):
+    def __init__(self, config):
+        heads = config.decoder_attention_heads
+        super().__init__(config, heads, config.decoder_ffn_dim)
+        self.encoder_attn = Attention(config.d_model, heads, config.attention_dropout)
+        self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(self, x, visible, cross_kv=None, cross_visible=None, cache=None):
+        """x (B, T, E). cross_kv: the layer's keys and values of the document; None: no document."""
+        x = self.attend_to_itself(x, visible, cache)
+        if cross_kv is not None:
             normed = self.encoder_attn_layer_norm(x)
-            x = x + self.drop(self.encoder_attn(normed, *document, document_mask))
+            x = x + self.dropout(self.encoder_attn(normed, *cross_kv, cross_visible))
         return self.feed_forward(x)
 
 
 # ------------------------------------------------------------------------------------------------
-# The two stacks
+# Encoder and decoder
 
 
 class PositionalEmbedding(nn.Embedding):
-    """Learned positions. mBART's table begins with two rows that no position uses."""
+    """Learned positions. The first two rows of mBART's table are unused."""
     OFFSET = 2
 
     def __init__(self, num_positions, embed_dim):
         super().__init__(num_positions + self.OFFSET, embed_dim)
 
     def forward(self, first, length):
-        """The rows (length, E) of positions first, first + 1, …"""
-        last = first + length + self.OFFSET
-        if last > self.num_embeddings:
-            raise ValueError(
-                f"{first + length} tokens, but the model knows {self.num_embeddings - self.OFFSET} "
-                "positions: cut the text, or load the model with a larger max_position_embeddings")
-        return self.weight[first + self.OFFSET:last]
+        """The rows of the positions first, first + 1, …: (length, E)."""
+        num_positions = self.num_embeddings - self.OFFSET
+        if first + length > num_positions:
+            raise ValueError(f"{first + length} tokens, but the model has {num_positions} positions"
+                             ": cut the text, or load the model with max_position_embeddings="
+                             f"{first + length}")
+        return self.weight[first + self.OFFSET:first + length + self.OFFSET]
 
 
 class Stack(nn.Module):
-    """What encoder and decoder have in common."""
+    """Embeddings, layers and a final norm: the parts that encoder and decoder share."""
 
     def __init__(self, config, shared, layers, layerdrop):
         super().__init__()
@@ -375,19 +325,22 @@ class Stack(nn.Module):
         self.embed_positions = PositionalEmbedding(config.max_position_embeddings, config.d_model)
         self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         self.layernorm_embedding = nn.LayerNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(layers)
         self.layer_norm = nn.LayerNorm(config.d_model)
-        self.gradient_checkpointing = False  # True: training keeps only what enters each layer
+        self.gradient_checkpointing = False  # True: training keeps only the inputs of each layer
 
-    def normalize(self, x):
-        return F.dropout(self.layernorm_embedding(x), self.config.dropout, self.training)
+    def embed(self, input_ids, first_position=0, length=None):
+        """Token and position embeddings (B, T, E) of input_ids (B, T)."""
+        positions = self.embed_positions(first_position, length or input_ids.shape[1])
+        return self.embed_tokens(input_ids) * self.embed_scale + positions
 
-    def run(self, layer, *args):
+    def run(self, layer, x, *inputs):
         if self.training and self.layerdrop and torch.rand(()) < self.layerdrop:
-            return args[0]
+            return x
         if self.training and self.gradient_checkpointing:
-            return checkpoint(layer, *args, use_reentrant=False)
-        return layer(*args)
+            return checkpoint(layer, x, *inputs, use_reentrant=False)
+        return layer(x, *inputs)
 
 
 class Encoder(Stack):
@@ -398,33 +351,35 @@ class Encoder(Stack):
             self.global_embeddings = nn.Embedding(NUM_GLOBAL_EMBEDDINGS, config.d_model)
 
     def forward(self, input_ids, attention_mask=None):
-        """input_ids (B, length), attention_mask (B, length), nonzero where not padding.
+        """input_ids (B, T); attention_mask (B, T), True or 1 except for padding.
 
-        Returns the states (B, S, E) and the mask (B, S) that the decoder is to attend with. The
-        globals come first, if they are passed on.
+        Returns the states (B, S, E) and which of them the decoder may see (B, S). The global tokens
+        come first, unless pass_global_tokens_to_decoder is False.
         """
         config = self.config
-        mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
-        x = self.embed_tokens(input_ids) * self.embed_scale  # (B, length, E)
-        x = x + self.embed_positions(0, input_ids.shape[1])
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
+        visible = boolean_mask(attention_mask)
+        x = self.embed(input_ids)  # (B, T, E)
         if config.lsg:
             G = config.num_global_tokens
+            global_tokens = self.global_embeddings.weight[:G].expand(len(x), -1, -1)
+            x = torch.cat([global_tokens, x], dim=1)  # (B, G + T, E)
             if config.mask_first_token:
-                mask = torch.cat([torch.zeros_like(mask[:, :1]), mask[:, 1:]], dim=1)
-            x = torch.cat([self.global_embeddings.weight[:G].expand(len(x), -1, -1), x], dim=1)
-            mask = F.pad(mask, (G, 0), value=True)
-
-        x = self.normalize(x)
+                visible = torch.cat([torch.zeros_like(visible[:, :1]), visible[:, 1:]], dim=1)
+            visible = F.pad(visible, (G, 0), value=True)  # (B, G + T)
+        x = self.dropout(self.layernorm_embedding(x))
+        keys_visible = visible if config.lsg else visible[:, None, None]
         for layer in self.layers:
-            x = self.run(layer, x, mask)
+            x = self.run(layer, x, keys_visible)
         x = self.layer_norm(x)
 
         if config.lsg and not config.pass_global_tokens_to_decoder:
-            # mask_first_token leaves nothing of <s>, so that the global takes its place regardless
+            # With mask_first_token nothing of <s> remains: the global token replaces it as well.
             first = 0 if config.pool_with_global or config.mask_first_token else G
-            x = torch.cat([x[:, first:first + 1], x[:, G + 1:]], dim=1)
-            mask = mask[:, G:]
-        return x, mask
+            x = torch.cat([x[:, first:first + 1], x[:, G + 1:]], dim=1)  # (B, T, E)
+            visible = visible[:, G:]
+        return x, visible
 
 
 class Decoder(Stack):
@@ -432,37 +387,37 @@ class Decoder(Stack):
         layers = [DecoderLayer(config) for _ in range(config.decoder_layers)]
         super().__init__(config, shared, layers, config.decoder_layerdrop)
 
-    def read(self, states):
-        """The cross-attention's keys and values of an encoded document, for each layer."""
-        return [tuple(x.contiguous() for x in layer.encoder_attn.keys_values(states))
-                for layer in self.layers]
+    def cross_kv(self, encoder_states):
+        """Each layer's keys and values of the document, for its cross-attention."""
+        pairs = [layer.encoder_attn.keys_values(encoder_states) for layer in self.layers]
+        return [(key.contiguous(), value.contiguous()) for key, value in pairs]
 
-    def forward(self, input_ids, document=None, document_mask=None, mask=None, past=None):
-        """input_ids (B, T), document from `read`, document_mask (B, S) -> states (B, T, E).
+    def forward(self, input_ids, cross_kv=None, cross_visible=None, visible=None, cache=None):
+        """input_ids (B, T), cross_visible (B, S) -> states (B, T, E).
 
-        mask (B, 1, T, keys) replaces the causal one. With `past`, the T tokens are the beams of one
-        step, which all have the same position.
+        visible (B, 1, T, T): which tokens each token sees; default: itself and those before it.
+        cache: see beam_search.Cache. The T tokens are then the newest ones of the beams, and all
+        have the same position.
         """
-        x = self.embed_tokens(input_ids) * self.embed_scale  # (B, T, E)
-        x = x + (self.embed_positions(past.step, 1) if past else
-                 self.embed_positions(0, input_ids.shape[1]))
-        x = self.normalize(x)
-        if document_mask is not None:
-            document_mask = document_mask[:, None, None]  # (B, 1, 1, S)
+        if cache is not None:
+            visible = cache.next_step()
+            x = self.embed(input_ids, cache.position, length=1)  # (B, beams, E)
+        else:
+            x = self.embed(input_ids)  # (B, T, E)
+        if visible is None:
+            T = input_ids.shape[1]
+            visible = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+        if cross_visible is not None:
+            cross_visible = cross_visible[:, None, None]  # (B, 1, 1, S)
+        x = self.dropout(self.layernorm_embedding(x))
         for i, layer in enumerate(self.layers):
-            inputs = x, mask, document and document[i], document_mask
-            x = layer(*inputs, partial(past.append, i)) if past else self.run(layer, *inputs)
+            x = self.run(layer, x, visible, cross_kv[i] if cross_kv else None, cross_visible,
+                         cache.layers[i] if cache else None)
         return self.layer_norm(x)
 
 
-def shift_right(ids, pad_token_id):
-    """mBART's decoder input for a target: its last token, </s>, wraps round to the front.
-
-    ids (B, T), -100 or pad_token_id behind the end: [5 6 2 1] -> [2 5 6 2]
-    """
-    ids = ids.masked_fill(ids == -100, pad_token_id)
-    last = ((ids != pad_token_id).sum(1, keepdim=True) - 1).clamp(min=0)
-    return torch.cat([ids.gather(1, last), ids[:, :-1]], dim=1)
+# ------------------------------------------------------------------------------------------------
+# Models
 
 
 class BarthezModel(nn.Module):
@@ -476,32 +431,103 @@ class BarthezModel(nn.Module):
         self.decoder = Decoder(config, self.shared)
 
     def forward(self, input_ids, attention_mask=None, decoder_input_ids=None):
-        """All (B, length); without decoder_input_ids the input is reconstructed."""
+        """All (B, T). decoder_input_ids default to the input, shifted right."""
         if decoder_input_ids is None:
             decoder_input_ids = shift_right(input_ids, self.config.pad_token_id)
-        states, mask = self.encoder(input_ids, attention_mask)
-        hidden = self.decoder(decoder_input_ids, self.decoder.read(states), mask)
-        return Output(last_hidden_state=hidden, encoder_last_hidden_state=states)
+        encoder_states, visible = self.encoder(input_ids, attention_mask)
+        cross_kv = self.decoder.cross_kv(encoder_states)
+        states = self.decoder(decoder_input_ids, cross_kv, visible)
+        return Output(last_hidden_state=states, encoder_last_hidden_state=encoder_states)
 
 
-def init_weights(model, std):
-    """Draw fresh weights as mBART does: normal with deviation `std`, biases 0."""
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-    for module in model.modules():  # last, since a head may share the embedding's matrix
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            nn.init.zeros_(module.weight.data[module.padding_idx])
+def shift_right(ids, pad_token_id):
+    """The decoder input for a target (B, T): the last token, </s>, moves to the front.
+
+    Padding is -100 or pad_token_id: [5, 6, 2, 1] becomes [2, 5, 6, 2].
+    """
+    ids = ids.masked_fill(ids == -100, pad_token_id)
+    last = ((ids != pad_token_id).sum(1, keepdim=True) - 1).clamp(min=0)
+    return torch.cat([ids.gather(1, last), ids[:, :-1]], dim=1)
 
 
-# ------------------------------------------------------------------------------------------------
-# The heads
+class BarthezForConditionalGeneration(nn.Module):
+    """Writes text: summaries, titles, the words behind a <mask>."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = BarthezModel(config)
+        self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.shared.weight
+
+    def logits(self, states):
+        return self.lm_head(states) + self.final_logits_bias
+
+    def forward(self, input_ids, attention_mask=None, decoder_input_ids=None, labels=None):
+        """All (B, T) -> logits (B, T, V). Labels of -100 do not count in the loss."""
+        if labels is not None and decoder_input_ids is None:
+            decoder_input_ids = shift_right(labels, self.config.pad_token_id)
+        out = self.model(input_ids, attention_mask, decoder_input_ids)
+        out.logits = self.logits(out.last_hidden_state)
+        if labels is not None:
+            out.loss = F.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
+        return out
+
+    @torch.no_grad()
+    @packed_weights
+    def generate(self, input_ids, attention_mask=None, *, progress=None, **settings):
+        """Write texts for each document by beam search; one beam is greedy search.
+
+        input_ids, attention_mask: (B, T). Without a mask, pad_token_id is padding.
+        settings: TOKEN_IDS and BEAM_SETTINGS; those not given are the checkpoint's.
+        progress: called before each step as progress(tokens written, max_length).
+        Returns ids (B * num_return_sequences, L), the best text of each document first. Each begins
+        with the start token; pad_token_id follows </s>. Dropout is off.
+        """
+        known = TOKEN_IDS + BEAM_SETTINGS
+        for name in settings.keys() - set(known):
+            raise ValueError(f"generate has no setting {name}: choose among {', '.join(known)}")
+        config = replace(self.config, **settings)
+        max_length, positions = config.max_length or 20, config.max_position_embeddings
+        if max_length - 1 > positions:  # the last token is not read again
+            raise ValueError(f"{max_length=}, but the decoder has {positions} positions: choose at "
+                             f"most {positions + 1}")
+        if config.min_length > max_length:
+            raise ValueError(f"min_length={config.min_length} is above {max_length=}")
+        start_id = config.decoder_start_token_id
+        if start_id is None:
+            start_id = config.bos_token_id
+        if attention_mask is None:
+            attention_mask = input_ids != config.pad_token_id
+
+        with evaluation_mode(self):
+            states, visible = self.model.encoder(input_ids, attention_mask)
+            cross_kv = self.model.decoder.cross_kv(states)
+            cache = Cache(config, len(input_ids), max_length, like=states)
+
+            def next_logits(tokens):
+                return self.logits(self.model.decoder(tokens, cross_kv, visible, cache=cache))
+
+            start = input_ids.new_full((len(input_ids),), start_id)
+            return beam_search(next_logits, cache.reorder, start, config, max_length, progress)
+
+
+@contextmanager
+def evaluation_mode(model):
+    """Switches dropout off for a while."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class BarthezForSequenceClassification(nn.Module):
-    """A label for a text: the decoder reads the text once more; its last </s> decides."""
+    """A label for a text. The decoder reads the text again; the state of its last </s> decides."""
 
     def __init__(self, config):
         super().__init__()
@@ -516,27 +542,27 @@ class BarthezForSequenceClassification(nn.Module):
         out = self.model(input_ids, attention_mask, decoder_input_ids)
         is_eos = input_ids == self.config.eos_token_id
         if not is_eos.any(1).all():
-            raise ValueError("a text without </s> cannot be classified: let it end in "
+            raise ValueError("a text without </s> cannot be classified: end it with "
                              f"eos_token_id={self.config.eos_token_id}")
-        last = is_eos.cumsum(1).argmax(1)  # the first place where the count is full
+        last = is_eos.cumsum(1).argmax(1)  # where the count is complete for the first time
         x = out.last_hidden_state[torch.arange(len(last)), last]  # (B, E)
-        for layer in self.classification_head.values():
-            x = layer(F.dropout(x, self.config.classifier_dropout, self.training))
-            if layer is self.classification_head["dense"]:
-                x = torch.tanh(x)
-        out.logits = x
+        drop = partial(F.dropout, p=self.config.classifier_dropout, training=self.training)
+        x = torch.tanh(self.classification_head["dense"](drop(x)))
+        out.logits = self.classification_head["out_proj"](drop(x))
         if labels is not None:
             out.loss = self.loss(out.logits, labels)
         return out
 
     def loss(self, logits, labels):
-        single = labels.dtype in (torch.int64, torch.int32)
-        problem = self.config.problem_type or (
-            "regression" if self.config.num_labels == 1 else
-            "single_label_classification" if single else "multi_label_classification")
-        if problem == "regression":
+        """Mean squared error, cross-entropy, or binary cross-entropy, by problem_type."""
+        problem_type = self.config.problem_type
+        if problem_type is None and self.config.num_labels == 1:
+            problem_type = "regression"
+        elif problem_type is None and labels.dtype in (torch.int64, torch.int32):
+            problem_type = "single_label_classification"
+        if problem_type == "regression":
             return F.mse_loss(logits.squeeze(), labels.squeeze())
-        if problem == "single_label_classification":
+        if problem_type == "single_label_classification":
             return F.cross_entropy(logits, labels.flatten())
         return F.binary_cross_entropy_with_logits(logits, labels)
 
@@ -556,15 +582,17 @@ class BarthezForQuestionAnswering(nn.Module):
         out = self.model(input_ids, attention_mask, decoder_input_ids)
         out.start_logits, out.end_logits = self.qa_outputs(out.last_hidden_state).unbind(-1)
         if start_positions is not None and end_positions is not None:
-            T = out.start_logits.shape[1]  # answers that were cut off with the text do not count
-            out.loss = sum(F.cross_entropy(logits, place.flatten().clamp(0, T), ignore_index=T) / 2
-                           for logits, place in ((out.start_logits, start_positions),
-                                                 (out.end_logits, end_positions)))
+            start_loss = self.loss(out.start_logits, start_positions)
+            out.loss = (start_loss + self.loss(out.end_logits, end_positions)) / 2
         return out
+
+    def loss(self, logits, positions):
+        T = logits.shape[1]  # positions from T on were cut off with the text and do not count
+        return F.cross_entropy(logits, positions.flatten().clamp(0, T), ignore_index=T)
 
 
 class BarthezForCausalLM(nn.Module):
-    """The decoder alone, as a language model. labels are not shifted, as in the original."""
+    """The decoder alone, as a language model. Shift labels yourself, as in the original."""
 
     def __init__(self, config):
         super().__init__()
@@ -577,209 +605,164 @@ class BarthezForCausalLM(nn.Module):
 
     def forward(self, input_ids, attention_mask=None, labels=None):
         """All (B, T) -> logits (B, T, V)."""
-        mask = None
+        visible = None
         if attention_mask is not None:
             T = input_ids.shape[1]
             causal = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()
-            mask = causal & attention_mask.bool()[:, None, None]  # (B, 1, T, T)
-        hidden = self.model["decoder"](input_ids, mask=mask)
-        logits = self.lm_head(hidden)
+            visible = causal & boolean_mask(attention_mask)[:, None, None]  # (B, 1, T, T)
+        states = self.model["decoder"](input_ids, visible=visible)
+        logits = self.lm_head(states)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return Output(loss=loss, logits=logits, last_hidden_state=hidden)
+        return Output(loss=loss, logits=logits, last_hidden_state=states)
 
 
-class BarthezForConditionalGeneration(nn.Module):
-    """The model that writes: summaries, titles, the words behind a <mask>."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.model = BarthezModel(config)
-        self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
-        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.shared.weight
-
-    def logits(self, hidden):
-        return self.lm_head(hidden) + self.final_logits_bias
-
-    def forward(self, input_ids, attention_mask=None, decoder_input_ids=None, labels=None):
-        """All (B, length) -> logits (B, T, V); labels of -100 do not count in the loss."""
-        if labels is not None and decoder_input_ids is None:
-            decoder_input_ids = shift_right(labels, self.config.pad_token_id)
-        out = self.model(input_ids, attention_mask, decoder_input_ids)
-        out.logits = self.logits(out.last_hidden_state)
-        if labels is not None:
-            out.loss = F.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
-        return out
-
-    @torch.no_grad()
-    def generate(self, input_ids, attention_mask=None, *, progress=None, **settings):
-        """Write texts for each document, by beam search; one beam is greedy search.
-
-        input_ids, attention_mask (B, length). `settings` are GENERATION_SETTINGS, and default to
-        the checkpoint's config. `progress(tokens written, max_length)` is called before each step.
-        Returns ids (B * num_return_sequences, L), a document's best text first, each with the start
-        token first and padded with pad_token_id behind </s>.
-        Follows transformers 4.36.2, generation/utils.py and beam_search.py, to the token.
-        """
-        unknown = settings.keys() - GENERATION_SETTINGS
-        if unknown:
-            raise ValueError(f"generate has no setting {', '.join(sorted(unknown))}")
-        config = replace(self.config, **settings)
-        max_length = config.max_length or 20
-        positions = config.max_position_embeddings
-        if max_length - 1 > positions:  # the last token that is written is not read again
-            raise ValueError(f"{max_length=}, but the decoder knows {positions} positions")
-        if attention_mask is None:
-            attention_mask = input_ids != config.pad_token_id
-        states, document_mask = self.model.encoder(input_ids, attention_mask)
-
-        B, beams = len(input_ids), config.num_beams
-        past = Past(config, B, max_length, states)
-        start = config.decoder_start_token_id
-        tokens = input_ids.new_full(
-            (B, beams, 1), config.bos_token_id if start is None else start)  # (B, beams, L)
-        # All beams begin alike: only the first may be extended, lest they stay alike.
-        scores = states.new_full((B, beams), -1e9, dtype=torch.float32)
-        scores[:, 0] = 0
-        hypotheses = [Hypotheses(config, max_length) for _ in range(B)]
-
-        with packed(self.model.decoder, self.lm_head):
-            document = self.model.decoder.read(states)
-            while tokens.shape[2] < max_length and not all(h.done for h in hypotheses):
-                if progress:
-                    progress(tokens.shape[2], max_length)
-                hidden = self.model.decoder(tokens[:, :, -1], document, document_mask,
-                                            mask=past.open_step(), past=past)  # (B, beams, E)
-                log_probs = self.logits(hidden).float().log_softmax(-1)  # (B, beams, V)
-                log_probs = constrain(log_probs, tokens, config, max_length) + scores[..., None]
-                # Twice as many as needed: were every beam's best an </s>, enough would be left.
-                best, index = log_probs.flatten(1).topk(2 * beams)  # (B, 2 * beams)
-                beam, token = index // log_probs.shape[2], index % log_probs.shape[2]
-                keep = torch.tensor([h.update(*candidates) for h, *candidates in zip(
-                    hypotheses, tokens, best.tolist(), beam.tolist(), token.tolist())],
-                    device=best.device)  # (B, beams): which candidates become the beams
-                scores, beam, token = (x.gather(1, keep) for x in (best, beam, token))
-                past.reorder(beam)
-                tokens = torch.cat([tokens.gather(1, beam[..., None].expand_as(tokens)),
-                                    token[..., None]], dim=2)
-
-        texts = [text for h, *beams in zip(hypotheses, tokens, scores.tolist())
-                 for text in h.best(*beams)]
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=config.pad_token_id)
-        return ids[:, :max_length]
+ARCHITECTURES = {  # the ends of the published class names
+    "Model": BarthezModel,
+    "ForConditionalGeneration": BarthezForConditionalGeneration,
+    "ForSequenceClassification": BarthezForSequenceClassification,
+    "ForQuestionAnswering": BarthezForQuestionAnswering,
+    "ForCausalLM": BarthezForCausalLM}
 
 
 # ------------------------------------------------------------------------------------------------
-# Generation
+# Loading and saving
 
 
-class Past:
-    """The keys and values of the tokens written so far.
+def load_model(source, *, revision=None, architecture=None, device=None, dtype=None, lsg=True,
+               **overrides):
+    """A model in evaluation mode, and its tokenizer.
 
-    The beams of a document are to the decoder what the tokens of a sequence are: one row of
-    queries, whose mask tells which keys are whose. Keys are written once and never moved: when
-    beams split or die, only `ancestors` (B, beams, slots) changes, which says which slots hold
-    a beam's own tokens.
+    source: a folder, a model's id on the Hub, or "tiny" for the bundled model.
+    revision: a branch, tag, commit or refs/pr/N on the Hub.
+    architecture: one of ARCHITECTURES; default: the one that config.json names.
+    device, dtype: where and how the weights are kept; default: the CPU and float32.
+    lsg: False gives full attention. With LSG, a BARThez that is not LSG yet is converted, to 4,096
+        positions unless max_position_embeddings is given.
+    overrides: keys of config.json, such as sparsity_type="pooling" or num_global_tokens=16.
+    Raises ValueError or OSError; the message says what is wrong and what to do.
     """
-
-    def __init__(self, config, batch_size, max_length, like):
-        self.beams, self.step = config.num_beams, -1
-        heads, slots = config.decoder_attention_heads, max_length * config.num_beams
-        self.layers = [like.new_empty(2, batch_size, heads, slots, config.d_model // heads)
-                       for _ in range(config.decoder_layers)]  # keys, values
-        self.own = torch.eye(self.beams, dtype=torch.bool, device=like.device).expand(
-            batch_size, -1, -1)
-        self.ancestors = self.own[..., :0]
-
-    def open_step(self):
-        """Give each beam a slot for its newest token; returns the mask (B, 1, beams, slots)."""
-        self.step += 1
-        self.ancestors = torch.cat([self.ancestors, self.own], dim=-1)
-        return self.ancestors[:, None]
-
-    def append(self, layer, *key_value):
-        """Store a layer's key and value (B, H, beams, D) of this step; returns all until now."""
-        end = self.ancestors.shape[-1]
-        for store, new in zip(self.layers[layer], key_value):
-            store[:, :, end - self.beams:end] = new
-        return self.layers[layer][:, :, :, :end].unbind(0)
-
-    def reorder(self, beam):
-        """Beam i goes on from what was beam[i]; beam (B, beams)."""
-        self.ancestors = self.ancestors.gather(1, beam[..., None].expand_as(self.ancestors))
-
-
-def constrain(log_probs, tokens, config, max_length):
-    """Forbid what may not come next: log_probs (B, beams, V) after tokens (B, beams, L)."""
-    n, L = config.no_repeat_ngram_size, tokens.shape[2]
-    if 0 < n <= L:
-        grams = tokens.unfold(2, n, 1)  # (B, beams, L - n + 1, n)
-        repeated = (grams[..., :-1] == tokens[:, :, None, L - n + 1:]).all(-1)
-        batch, beam, place = repeated.nonzero(as_tuple=True)
-        log_probs[batch, beam, grams[batch, beam, place, -1]] = -math.inf
-    if L < config.min_length:
-        log_probs[..., config.eos_token_id] = -math.inf
-    if L == max_length - 1 and config.forced_eos_token_id is not None:
-        log_probs = torch.full_like(log_probs, -math.inf)
-        log_probs[..., config.forced_eos_token_id] = 0
-    return log_probs
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ValueError(f"{dtype=}: choose float32, bfloat16, float16 or float64")
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each kind of device fails in its own way
+        raise ValueError(f"{device=} cannot be used: {one_line(error, 100)}") from None
+    overrides = {ALIASES.get(key, key): value for key, value in overrides.items()}
+    unknown = overrides.keys() - {f.name for f in fields(BarthezConfig)} - {"num_labels"}
+    if unknown:
+        raise ValueError(f"config.json has no key {', '.join(sorted(unknown))}")
+    settings, tensors, tokenizer = read_checkpoint(source, revision)
+    if overrides.keys() & {"num_labels", "id2label"}:  # each determines the other
+        settings = settings | {"num_labels": None, "id2label": None}
+    positions = overrides.get("max_position_embeddings")
+    try:
+        architecture = architecture_name(architecture or settings.get("architectures"))
+        if lsg and GLOBALS not in tensors and POSITIONS[0] in tensors:
+            settings, tensors = convert_to_lsg(settings, tensors, tokenizer, positions or 4096)
+        elif positions is not None:
+            settings, tensors = resize_positions(settings, tensors, positions)
+        config = BarthezConfig.from_dict(settings | overrides | {"lsg": lsg})
+        model = build_model(config, architecture, tensors)
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be loaded: {error}") from None
+    tokenizer.model_max_length = config.max_position_embeddings
+    model = model.to(device, dtype).eval()
+    accelerate(model)
+    return model, tokenizer
 
 
-class Hypotheses:
-    """The finished texts of one document, of which the num_beams best are kept."""
+class SkipInit(TorchFunctionMode):
+    """Skips initialization on the meta device: it has no effect and takes a second."""
 
-    def __init__(self, config, max_length):
-        self.config, self.max_length = config, max_length
-        self.kept, self.done = [], False  # kept: (score, ids), in the order of arrival
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs or {})
 
-    def add(self, ids, log_prob, length):
-        """`length` counts the written tokens, </s> included and the start token left out."""
-        score = log_prob / length ** self.config.length_penalty
-        if len(self.kept) == self.config.num_beams:
-            worst = min(range(len(self.kept)), key=lambda i: self.kept[i][0])
-            if score <= self.kept[worst][0]:
-                return
-            del self.kept[worst]
-        self.kept.append((score, ids))
 
-    def update(self, tokens, log_probs, beams, next_tokens):
-        """Sort one step's candidates, best first: finish those that end, return which go on.
+class HeadWarning(UserWarning):
+    """The checkpoint was made for another task than the model."""
 
-        tokens (beams, L); the others are lists of 2 * num_beams.
-        """
-        L, going_on = tokens.shape[1], []
-        for rank, (log_prob, beam, token) in enumerate(zip(log_probs, beams, next_tokens)):
-            if token != self.config.eos_token_id:
-                going_on.append(rank)
-            elif rank < self.config.num_beams and not self.done:
-                end = tokens.new_tensor([token])
-                self.add(torch.cat([tokens[beam], end]), log_prob, length=L)
-        self.done = self.done or self.is_done(log_probs[0], L)
-        return going_on[:self.config.num_beams]
 
-    def is_done(self, best_log_prob, length):
-        """Can no open beam become better than the worst that is kept?"""
-        if len(self.kept) < self.config.num_beams:
-            return False
-        if self.config.num_beams == 1 or self.config.early_stopping not in (False, "never"):
-            return True
-        if self.config.early_stopping == "never" and self.config.length_penalty > 0:
-            length = self.max_length - 1  # a longer text could still do better
-        worst = min(score for score, _ in self.kept)
-        return worst >= best_log_prob / length ** self.config.length_penalty
+def build_model(config, architecture, tensors):
+    """The model whose parameters are the given tensors, named as read_checkpoint does.
 
-    def best(self, tokens, scores):
-        """The num_return_sequences best texts, the best one first.
+    Raises ValueError that names all missing, unexpected and misshapen tensors. A checkpoint may
+    serve another task than its own: warns if the model's head is new or the checkpoint's unused.
+    """
+    with torch.device("meta"), SkipInit():
+        model = ARCHITECTURES[architecture](config)
+    tensors = dict(tensors)
+    if architecture == "Model":
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    state = model.state_dict()
+    new, unused = state.keys() - tensors.keys(), tensors.keys() - state.keys()
+    may_be_unused = HEADS + ("encoder.global_embeddings", "model.encoder.global_embeddings")
+    if architecture == "ForCausalLM":
+        may_be_unused += "model.encoder.", EMBEDDING
+    faults = [f"missing {name}" for name in new if not name.startswith(HEADS)]
+    faults += [f"unexpected {name}" for name in unused if not name.startswith(may_be_unused)]
+    for name in state.keys() & tensors.keys():
+        shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
+        if shape != state[name].shape:
+            faults.append(f"{name} has shape {shape}, not {tuple(state[name].shape)}")
+        if not dtype.is_floating_point:
+            faults.append(f"{name} is {dtype}")
+    if faults:
+        shown = sorted(faults)[:10] + ([f"{len(faults) - 10} more"] if len(faults) > 10 else [])
+        raise ValueError(f"the weights do not fit the configuration: {'; '.join(shown)}")
+    for name in new:
+        tensors[name] = torch.zeros(state[name].shape)
+    embedding = tensors[EMBEDDING.removeprefix("model.") if architecture == "Model" else EMBEDDING]
+    shared = nn.Parameter(embedding)  # one parameter for all tied matrices
+    model.load_state_dict({name: shared if tensors[name] is embedding else tensors[name]
+                           for name in state}, assign=True)
 
-        The open beams (tokens (beams, L), scores) are included unless done.
-        """
-        if not self.done:
-            for ids, log_prob in zip(tokens, scores):
-                self.add(ids, log_prob, length=len(ids) - 1)
-        best = sorted(self.kept, key=lambda kept: kept[0])[::-1]  # of equals, the later first
-        return [ids for _, ids in best[:self.config.num_return_sequences]]
+    for head in sorted({name.partition(".")[0] for name in new} - {"final_logits_bias"}):
+        warnings.warn(f"the checkpoint has no {head}: it is initialized and needs training",
+                      HeadWarning)
+        init_weights(model.get_submodule(head), config.init_std)
+    if hasattr(model, "lm_head") and any(name.startswith(HEADS[2:]) for name in unused):
+        warnings.warn("the checkpoint was made for another task: its head is not used",
+                      HeadWarning)
+    return model
+
+
+def init_weights(model, std):
+    """Draw weights as mBART does: normal with standard deviation `std`, biases and padding 0."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    for module in model.modules():  # last, since lm_head may share the matrix of the embedding
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight.data[module.padding_idx])
+
+
+def save_model(model, tokenizer, folder):
+    """Save a checkpoint in the published layout, which the original's code reads as well.
+
+    Raises ValueError if a weight is not finite, OSError if the folder cannot be written. An older
+    checkpoint in the folder is replaced only when the new one is complete.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"not saved: {name} has values that are not finite")
+    config = model.config
+    settings = {key: value for key, value in asdict(config).items()
+                if value is not None and (config.lsg or key not in LSG_KEYS)}
+    del settings["lsg"]
+    settings |= {"num_hidden_layers": config.encoder_layers, "num_labels": config.num_labels,
+                 "label2id": {label: index for index, label in config.id2label.items()},
+                 "forced_eos_token_id": config.forced_eos_token_id}
+    if config.lsg:
+        settings["sparsity_type"] = config.sparsity_type
+    architecture = next(name for name, kind in ARCHITECTURES.items() if type(model) is kind)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    settings = published_config(settings, architecture, config.lsg, dtype)
+    write_checkpoint(folder, settings, model.state_dict(), tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -788,104 +771,169 @@ class Hypotheses:
 DEFAULT_MODELS = {"summarize": "moussaKam/barthez-orangesum-abstract",
                   "fill_mask": "moussaKam/barthez",
                   "classify": "moussaKam/barthez-sentiment-classification"}
+OVERRIDES = {  # keys of config.json that have an option of their own
+    "num_beams": (int, "1 is greedy search"), "max_length": (int, "in tokens"),
+    "min_length": (int, "in tokens"), "length_penalty": (float, "above 0 favors long texts"),
+    "no_repeat_ngram_size": (int, "0 allows repetition"), "block_size": (int, "of LSG attention"),
+    "sparsity_type": (str, ", ".join(SPARSITY_TYPES[:-1]))}
+
+
+def parse_arguments():
+    """The arguments, and the keys of config.json that they override."""
+    parser = argparse.ArgumentParser(description="Summarize long French documents.")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--summarize", nargs="+", metavar="FILE",
+                      help="print a summary of each UTF-8 text file; - is standard input")
+    task.add_argument("--fill-mask", metavar="TEXT",
+                      help="print the 5 most likely words for <mask> in TEXT")
+    task.add_argument("--classify", metavar="TEXT", help="print the label of TEXT")
+    parser.add_argument("--model", help="Hub id, folder, or tiny, the bundled model (default: "
+                        "a published BARThez made for the task)")
+    parser.add_argument("--revision", help="branch, tag, commit or refs/pr/N on the Hub")
+    parser.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--dense", action="store_true", help="full attention instead of LSG")
+    parser.add_argument("--max-source-length", type=int, metavar="N",
+                        help="read at most N tokens of a text, with new positions if needed")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                        help="override keys of config.json, such as sparsity_factor=4")
+    for key, (kind, text) in OVERRIDES.items():
+        parser.add_argument("--" + key.replace("_", "-"), type=kind, metavar="VALUE", help=text)
+    arguments = parser.parse_args()
+
+    overrides = parse_settings(arguments.set)
+    given = {key: getattr(arguments, key) for key in OVERRIDES}
+    overrides |= {key: value for key, value in given.items() if value is not None}
+    unused = overrides.keys() & {"num_return_sequences"}
+    if arguments.dense:
+        unused |= overrides.keys() & LSG_KEYS.keys()
+    if not arguments.summarize:
+        unused |= overrides.keys() & set(BEAM_SETTINGS)
+        unused |= {"max_source_length"} if arguments.max_source_length is not None else set()
+    if unused:
+        raise ValueError(f"{', '.join(sorted(unused))}: no effect here, leave it out")
+    return arguments, overrides
+
+
+def main():
+    keep_freed_memory()
+    arguments, overrides = parse_arguments()
+    if arguments.summarize:
+        summarize_files(arguments, overrides)
+    elif arguments.fill_mask is not None:
+        fill_mask(arguments.fill_mask, *load(arguments, "fill_mask", overrides))
+    else:
+        classify(arguments.classify, *load(arguments, "classify", overrides))
+
+
+def load(arguments, task, overrides):
+    """The model and tokenizer that were asked for. A checkpoint of another task is an error."""
+    source, device = arguments.model, arguments.device
+    if source is None:
+        source = DEFAULT_MODELS[task]
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    architecture = "ForConditionalGeneration"
+    if task == "classify":
+        architecture = "ForSequenceClassification"
+    options = overrides | {"architecture": architecture, "device": device, "dtype": arguments.dtype}
+    if arguments.dense:
+        options["lsg"] = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HeadWarning)
+        try:
+            return load_model(source, revision=arguments.revision, **options)
+        except HeadWarning as warning:
+            raise ValueError(f"{source} cannot {task}: {warning}") from None
+        except NoNetwork as error:
+            if arguments.model is not None or task != "summarize":
+                raise
+            notice(f"{error} Using the small bundled model instead. It knows descriptions of "
+                   "software and manual pages only.")
+            return load_model("tiny", **options)
+
+
+def summarize_files(arguments, overrides):
+    """Print a summary of each file, and one line on stderr for each file that cannot be read."""
+    texts = []  # (name, text)
+    for name in arguments.summarize:
+        try:
+            texts.append((name, read_text(name)))
+        except (ValueError, OSError) as error:
+            notice(f"barthez.py: {error}")
+    if not texts:
+        sys.exit(2)
+    model, tokenizer = load(arguments, "summarize", overrides)
+    limit = arguments.max_source_length
+    if limit is not None:
+        longest = max(len(tokenizer.encode(text)) for _, text in texts)
+        if min(limit, longest) > tokenizer.model_max_length:
+            overrides = overrides | {"max_position_embeddings": min(limit, longest)}
+            model, tokenizer = load(arguments, "summarize", overrides)
+    for name, text in texts:
+        print(summarize(model, tokenizer, name, text, limit), flush=True)
+    if len(texts) < len(arguments.summarize):
+        sys.exit(2)
 
 
 def read_text(name):
     """The text of a file, or of standard input for -."""
     try:
-        data = sys.stdin.buffer.read() if name == "-" else open(name, "rb").read()
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise OSError(f"{name} cannot be read: {error.strerror}") from None
-    if b"\0" in data:
-        raise ValueError(f"{name} is not a text file")
-    try:
-        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 (byte {error.start}): convert it, for example with "
-                         f"iconv -f latin1 -t utf-8") from None
+                         "iconv -f latin1 -t utf-8") from None
+    if "\0" in text:
+        raise ValueError(f"{name} is not a text file")
     if not text.strip():
         raise ValueError(f"{name} is empty")
     return text
 
 
-def load(arguments, task):
-    """The model and tokenizer that the command line asks for."""
-    from load_weights import load_model
-    overrides = {f.name: value for f in fields(BarthezConfig)
-                 if (value := getattr(arguments, f.name, None)) is not None}
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    options = dict(revision=arguments.revision, lsg=not arguments.dense, device=device,
-                   dtype=getattr(torch, arguments.dtype))
-    source = arguments.model or DEFAULT_MODELS[task]
-    try:
-        model, tokenizer = load_model(source, **options, **overrides)
-    except OSError as error:
-        if arguments.model or task != "summarize":
-            raise
-        print(f"{source} is neither cached nor reachable ({error}). The bundled model stands in; "
-              "it knows descriptions of software and manual pages, and little else.",
-              file=sys.stderr)
-        source = "tiny"
-        model, tokenizer = load_model(source, **options, **overrides)
-    if (arguments.max_source_length or 0) > tokenizer.model_max_length:
-        overrides["max_position_embeddings"] = arguments.max_source_length
-        model, tokenizer = load_model(source, **options, **overrides)
-    return model, tokenizer
-
-
-def summarize(model, tokenizer, name, text, max_source_length=None):
-    """The summary of a text; `name` is what a notice calls it."""
-    whole = tokenizer.encode(text)
-    ids = tokenizer.encode(text, max_length=max_source_length or tokenizer.model_max_length)
-    if len(ids) < len(whole):
-        print(f"{name}: {len(whole):,} tokens, of which the first {len(ids):,} are read; "
-              f"--max-source-length {len(whole)} reads all", file=sys.stderr)
+def summarize(model, tokenizer, name, text, max_length=None):
+    """The summary of a text, of which max_length tokens are read. `name` is for notices."""
+    if max_length is None:
+        max_length = tokenizer.model_max_length
+    whole, ids = len(tokenizer.encode(text)), tokenizer.encode(text, max_length=max_length)
+    if len(ids) < whole:
+        notice(f"{name}: reading the first {len(ids):,} of {whole:,} tokens; --max-source-length "
+               f"{whole} reads all")
 
     def progress(step, steps):
-        print(f"\r{name}: {len(ids):,} tokens read, {step} of up to {steps} written", end="",
-              file=sys.stderr, flush=True)
+        notice(f"\r{name}: {len(ids):,} tokens read, {step} of up to {steps} written", end="")
 
+    on_terminal = sys.stderr.isatty()
     out = model.generate(torch.tensor([ids], device=model.lm_head.weight.device),
                          max_length=model.config.max_length or 128,
-                         progress=progress if sys.stderr.isatty() else None)
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr)
+                         progress=progress if on_terminal else None)
+    if on_terminal:
+        notice("\r\033[K", end="")
     return tokenizer.decode(out[0])
 
 
-def main(arguments):
-    task = next(task for task in DEFAULT_MODELS if getattr(arguments, task) is not None)
-    if task == "summarize":
-        texts = [(name, read_text(name)) for name in arguments.summarize]
-        model, tokenizer = load(arguments, task)
-        for name, text in texts:
-            print(summarize(model, tokenizer, name, text, arguments.max_source_length), flush=True)
-        return
-
-    model, tokenizer = load(arguments, task)
-    batch = tokenizer(getattr(arguments, task), truncation=True)
-    batch = {name: tensor.to(model.model.shared.weight.device) for name, tensor in batch.items()}
-    with torch.inference_mode():
-        logits = model(**batch).logits
-    if task == "classify":
-        probability, label = logits[0].softmax(-1).max(-1)
-        print(f"{model.config.id2label[label.item()]} {probability:.3f}")
-        return
-    masks = (batch["input_ids"][0] == tokenizer.mask_token_id).nonzero()
-    if not len(masks):
+@torch.inference_mode()
+def fill_mask(text, model, tokenizer):
+    """Print the five most likely words for each <mask> and their probabilities."""
+    ids = tokenizer(text, truncation=True)["input_ids"].to(model.lm_head.weight.device)  # (1, T)
+    positions = (ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]
+    if not len(positions):
         raise ValueError("--fill-mask needs a <mask> in its text")
-    for place in masks[:, 0]:
-        for probability, id in zip(*logits[0, place].softmax(-1).topk(5)):
-            print(f"{probability:.3f} {tokenizer.decode([id])}")
+    logits = model(ids).logits[0, positions]  # (masks, V)
+    for probabilities, words in zip(*logits.float().softmax(-1).topk(5)):
+        for probability, word in zip(probabilities, words):
+            print(f"{probability:.3f} {tokenizer.decode([word])}")
+
+
+@torch.inference_mode()
+def classify(text, model, tokenizer):
+    """Print the label of the text and its probability."""
+    ids = tokenizer(text, truncation=True)["input_ids"].to(model.model.shared.weight.device)
+    probability, label = model(ids).logits[0].float().softmax(-1).max(-1)
+    print(f"{model.config.id2label[label.item()]} {probability:.3f}")
 
 
 if __name__ == "__main__":
-    try:
-        main(arguments)
-    except (ValueError, OSError) as error:
-        print(f"barthez.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -1,769 +1,770 @@
-"""From a checkpoint to a model: its files (folder or Hub), its tensors, its conversion to LSG.
+"""From a checkpoint to its config (dict), tensors (dict) and tokenizer; the conversion to LSG.
 
-    model, tokenizer = load_model("moussaKam/barthez-orangesum-abstract")
     python load_weights.py moussaKam/barthez --output my-lsg-barthez
 
-A checkpoint is config.json, model.safetensors (or pytorch_model.bin) and sentencepiece.bpe.model.
-The conversion of BARThez to LSG follows lsg-converter 0.1.9, conversion_utils.py and
-mbart/convert_mbart_checkpoint.py.
+A checkpoint is a folder or a model on the Hugging Face Hub that has config.json, model.safetensors
+(or pytorch_model.bin) and sentencepiece.bpe.model. The conversion of BARThez to LSG follows
+lsg-converter 0.1.9, conversion_utils.py and mbart/convert_mbart_checkpoint.py.
 """
 
 import argparse
-import contextlib
 import functools
 import hashlib
+import io
 import json
+import math
 import os
+import pickle
+import pickletools
 import re
 import shutil
 import socket
 import ssl
 import sys
 import time
-import uuid
-import warnings
-from dataclasses import asdict, fields
-from email.utils import parsedate_to_datetime
-from http import HTTPStatus
-from http.client import HTTPException, HTTPResponse
+from contextlib import ExitStack, contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
 from urllib.request import (HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request,
                             UnknownHandler)
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch.overrides import TorchFunctionMode
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
-import barthez
-from barthez import ALIASES, BarthezConfig, init_weights
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lsg import check_options
 from tokenizer import BarthezTokenizer
 
 TINY = Path(__file__).parent / "tiny"  # the bundled model
-ARCHITECTURES = {  # what a published class name ends in -> our class
-    "Model": barthez.BarthezModel,
-    "ForConditionalGeneration": barthez.BarthezForConditionalGeneration,
-    "ForSequenceClassification": barthez.BarthezForSequenceClassification,
-    "ForQuestionAnswering": barthez.BarthezForQuestionAnswering,
-    "ForCausalLM": barthez.BarthezForCausalLM}
+EMBEDDING, *_ = EMBEDDINGS = ("model.shared.weight", "model.encoder.embed_tokens.weight",
+                              "model.decoder.embed_tokens.weight", "lm_head.weight")
 GLOBALS = "model.encoder.global_embeddings.weight"
 POSITIONS = "model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"
-CONVERSIONS = {  # safetensors that were proposed to a model whose main branch has none
-    "moussaKam/barthez": "42bea5aeff64b65241007086b895e6fd17ab6204",
-    "moussaKam/barthez-orangesum-abstract": "d297ebaa84d61a069a0cd6922271c4a47ba2554e",
-    "moussaKam/barthez-sentiment-classification": "refs/pr/1",
-    "moussaKam/mbarthez": "7a86236775ed8eaab6eefc9a90a309c4831fae13"}
-# One matrix under four names: a file may hold it under any of them, or copies under several.
-EMBEDDINGS = ("model.shared.weight", "model.encoder.embed_tokens.weight",
-              "model.decoder.embed_tokens.weight", "lm_head.weight")
-HEADS = "lm_head.", "final_logits_bias", "classification_head.", "qa_outputs."
-LSG_KEYS = ("adaptive", "block_size", "lsh_num_pre_rounds", "mask_first_token", "num_global_tokens",
-            "pass_global_tokens_to_decoder", "pool_with_global", "sparse_block_size",
-            "sparsity_factor", "sparsity_type")
-
-
-def load_model(source, *, revision=None, architecture=None, device=None, dtype=None, lsg=True,
-               **overrides):
-    """A model in evaluation mode, and its tokenizer.
-
-    source: a folder, a Hub id (with, optionally, its revision), or "tiny", the bundled model.
-    architecture: such as "ForSequenceClassification"; default: the one that config.json names.
-    dtype: of the weights, whatever the file's; default: float32.
-    lsg: False gives full attention. With LSG, a plain BARThez is converted on the way in, to
-        4,096 positions unless max_position_embeddings says otherwise.
-    overrides: config keys, such as sparsity_type="pooling" or num_global_tokens=16.
-    Raises ValueError or OSError with what is wrong and what to do.
-    """
-    overrides = {ALIASES.get(key, key): value for key, value in overrides.items()}
-    unknown = overrides.keys() - {field.name for field in fields(BarthezConfig)} - {"num_labels"}
-    if unknown:
-        raise ValueError(f"no key of config.json: {', '.join(sorted(unknown))}")
-    settings, tensors, tokenizer = read_checkpoint(source, revision, architecture)
-    if overrides.keys() & {"num_labels", "id2label"}:  # either implies the other
-        settings = {key: settings[key] for key in settings.keys() - {"num_labels", "id2label"}}
-    positions = overrides.get("max_position_embeddings")
-    if lsg and GLOBALS not in tensors and POSITIONS[0] in tensors:
-        convert_to_lsg(settings, tensors, tokenizer, 4096 if positions is None else positions)
-    elif positions is not None:
-        resize_positions(settings, tensors, positions)
-    model = build_model(settings | overrides, tensors, architecture, lsg)
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
+NUM_GLOBALS = 512  # rows of the published table of global tokens
+LSG_KEYS = {  # of config.json, with their defaults
+    "adaptive": True, "block_size": 128, "lsh_num_pre_rounds": 1, "mask_first_token": False,
+    "num_global_tokens": 1, "pass_global_tokens_to_decoder": True, "pool_with_global": True,
+    "sparse_block_size": 128, "sparsity_factor": 2, "sparsity_type": "norm"}
+ARCHITECTURE_NAMES = {  # ends of the published class names: the name of the automatic class
+    "Model": "AutoModel", "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering", "ForCausalLM": "AutoModelForCausalLM"}
+SHARDED = ("The weights of {} are sharded: join them in one file with transformers, by "
+           "save_pretrained(folder, max_shard_size='99GB'), and use the folder.")
+HARMLESS = re.compile(r"torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict"
+                      r"|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage")
+UNUSED = re.compile(r"model\.(encoder|decoder)\.(version|embed_positions\._float_tensor)")
 
 
 # ------------------------------------------------------------------------------------------------
 # Reading
 
 
-def read_checkpoint(source, revision=None, architecture=None):
-    """A checkpoint's settings (a dict), tensors (by name) and tokenizer, which fit together.
+def read_checkpoint(source, revision=None):
+    """The config (dict), the tensors {name: tensor} and the tokenizer of a checkpoint.
 
-    The embeddings' matrix stands under the first of its names, whatever the file calls it.
+    source: a folder, a model's id on the Hub, or "tiny" for the bundled model.
+    Tensors have the names of a model with a head. Tied matrices are one tensor under all names.
+    Raises ValueError or OSError; the message says what is wrong and what to do.
     """
-    files, settings = find_files(source, revision), {}
-    for name in ("config.json", "generation_config.json"):  # newer checkpoints have both
-        if name in files:
-            settings |= read_json(files[name])
-            try:
-                config = BarthezConfig.from_dict(settings)
-            except (TypeError, ValueError, AttributeError) as error:
-                raise ValueError(f"{files[name]} does not describe an mBART: {error}") from None
-    tensors = read_tensors(files["weights"])
-    if "shared.weight" in tensors or "encoder.layer_norm.weight" in tensors:  # saved without a head
-        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
-    copies = [tensors.pop(name) for name in tied_names(config) if name in tensors]
-    if copies:
-        tensors[EMBEDDINGS[0]] = copies[0]
-    faults = misfits(lay_out(settings, architecture, GLOBALS in tensors), tensors)
-    if faults:
-        raise ValueError(f"{files['weights']} does not fit its config.json: {faults}")
-    return settings, tensors, BarthezTokenizer(files["sentencepiece.bpe.model"])
+    files = find_files(source, revision)
+    config = read_json(files["config.json"])
+    if "generation_config.json" in files:
+        config = config | read_json(files["generation_config.json"])
+    tensors = rename(read_tensors(files["weights"]), config.get("tie_word_embeddings", True))
+    tokenizer = BarthezTokenizer(files["sentencepiece.bpe.model"])
+    if EMBEDDING in tensors and tensors[EMBEDDING].shape[:1] < (len(tokenizer),):
+        raise ValueError(f"the tokenizer of {source} has {len(tokenizer)} pieces, more than the "
+                         "embedding has rows: it belongs to another model")
+    return config, tensors, tokenizer
 
 
-def find_files(source, revision):
-    """{file name: path}, with the weights, whatever their format, under "weights"."""
+def find_files(source, revision=None):
+    """{file name: path}; the weights, whatever their format, are under "weights"."""
     folder = TINY if source == "tiny" else Path(source)
     if not folder.is_dir():
         return hub_files(str(source), revision)
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is for the Hub, but {source} is a folder")
     files = {path.name: path for path in folder.iterdir()}
     for name in ("pytorch_model.bin", "model.safetensors"):  # the last one wins
         if name in files:
             files["weights"] = files[name]
+    if "weights" not in files and any(name.endswith(".index.json") for name in files):
+        raise ValueError(SHARDED.format(folder))
     missing = {"config.json", "weights", "sentencepiece.bpe.model"} - files.keys()
     if missing:
         missing = ", ".join(sorted(missing))
-        raise FileNotFoundError(f"{folder} is no checkpoint: it lacks {missing} "
+        raise FileNotFoundError(f"{folder} is not a checkpoint, it lacks: {missing} "
                                 "(weights are model.safetensors or pytorch_model.bin)")
     return files
 
 
-def hub_files(repo_id, revision):
-    """The files of a model on the Hub, in its cache, as `find_files` has them.
-
-    A model that is in the cache is used as it is where the Hub cannot be asked for a newer one.
-    """
-    branch = revision or "main"
-    weights = [(branch, "model.safetensors"), (branch, "pytorch_model.bin")]
-    if revision is None and repo_id in CONVERSIONS:
-        weights.insert(1, (CONVERSIONS[repo_id], "model.safetensors"))
-
-    def first_of(places, find):  # the first that the Hub or the cache has
-        for revision, name in places:
-            with contextlib.suppress(EntryNotFoundError):
-                if path := find(repo_id, name, revision):
-                    return path
-        raise EntryNotFoundError(f"{repo_id} ({branch}) has none of the files "
-                                 + ", ".join(name for _, name in places))
-
-    def find_all(find):
-        files = {name: first_of([(branch, name)], find)
-                 for name in ("config.json", "sentencepiece.bpe.model")}
-        files["weights"] = first_of(weights, find)
-        with contextlib.suppress(EntryNotFoundError):  # few models have one
-            files["generation_config.json"] = first_of([(branch, "generation_config.json")], find)
-        return files
-
-    try:
-        in_cache = find_all(cached)
-    except EntryNotFoundError:
-        return find_all(download)
-    try:
-        return find_all(functools.partial(download, tries=1))
-    except ConnectionError as error:
-        say(f"{error} Using {repo_id} from the cache.")
-        return in_cache
-
-
 def read_json(path):
+    """The JSON object that a file holds."""
     try:
-        settings = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): fetch it again") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no JSON object: fetch it again")
-    return settings
+        contents = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({one_line(error)}). {replace_it(path)}") from None
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} is not a JSON object. {replace_it(path)}")
+    return contents
 
 
 def read_tensors(path):
-    """All tensors of a file, mapped into memory rather than read. No pickled code is run."""
+    """All tensors of a file, {name: tensor}, mapped into memory. No pickled code is run."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files of torch before 1.6 are no archives, and cannot be mapped
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(tensor, torch.Tensor) for tensor in dict(tensors).values()):
-            raise ValueError("it holds other things than tensors")
-        return tensors
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch.load has no error of its own for a damaged file
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged or no checkpoint ({reason}): fetch it again") from None
+        return load_file(path) if path.suffix == ".safetensors" else read_pickled(path)
+    except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
+        if isinstance(error, OSError) or out_of_memory(error):
+            raise
+        reason = "not a pickle of tensors"
+        if not isinstance(error, pickle.UnpicklingError):
+            reason = one_line(error, 100)
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}). "
+                         f"{replace_it(path)}") from None
+
+
+def read_pickled(path):
+    """The tensors of pytorch_model.bin. Refuses anything but dense tensors under text names.
+
+    torch.load would run whatever its pickle names. Even with weights_only, some of that crashes it.
+    """
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"  # files of torch before 1.6 are not
+        if is_zip:
+            record = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")
+            pickles = [io.BytesIO(record)]
+        else:
+            file.seek(0)
+            pickles = [file] * 5  # magic number, version, system, tensors, keys
+        for stream in pickles:
+            for count, (opcode, name, _) in enumerate(pickletools.genops(stream)):
+                if opcode.name == "GLOBAL" and not HARMLESS.fullmatch(name):
+                    raise ValueError(f"it names {name}")
+                if count > 100_000:  # a real model of 520 tensors has 18,000
+                    raise ValueError("its pickle is too long")
+    tensors = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip))
+    for name, tensor in tensors.items():
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
+            raise ValueError("it holds other things than tensors with names")
+    return tensors
+
+
+def replace_it(path):
+    """What to do about a file that is wrong."""
+    if path.is_symlink():  # from the Hub's cache, where the next run fetches it again
+        return f"Delete {path.resolve()} and {path}, and run again to fetch it."
+    return "Replace it by a good copy."
+
+
+def rename(tensors, tied):
+    """Names as in a model with a head, and one tensor for the embedding under all of its names.
+
+    tied: whether the output projection, lm_head, is the embedding too.
+    """
+    if not any(name.startswith("model.") for name in tensors):  # saved without a head
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    tensors = {name: x for name, x in tensors.items() if not UNUSED.fullmatch(name)}
+    names = EMBEDDINGS if tied else EMBEDDINGS[:3]
+    copies = [tensors[name] for name in names if name in tensors]
+    if any(not torch.equal(copies[0], copy) for copy in copies):
+        raise ValueError(f"tied matrices differ: {', '.join(names)}. Remove the wrong ones"
+                         + (", or set tie_word_embeddings to false" if tied else ""))
+    if copies:
+        tensors |= dict.fromkeys(names, copies[0])
+    return tensors
 
 
 # ------------------------------------------------------------------------------------------------
-# Converting
+# Conversion. These functions return new dicts and leave their arguments as they are.
 
 
-def convert_to_lsg(settings, tensors, tokenizer, max_position_embeddings=4096, *, stride=64,
+def convert_to_lsg(config, tensors, tokenizer, max_position_embeddings=4096, *, stride=64,
                    random_global_init=False, keep_first_global=False, resize_lsg=False):
-    """Make plain BARThez an LSG model, or an LSG model a longer one, in place.
+    """Config and tensors of an LSG model, from those of a plain BARThez or of an LSG model.
 
-    Global tokens start out as what the model knows already: positions spread over its range, plus
-    the embedding of <s> for the first and of <mask> for the others.
-    stride: how many positions apart consecutive global tokens stand.
-    random_global_init: draw them from the distribution of the token embeddings instead of <mask>.
-    keep_first_global, resize_lsg: of an LSG model, keep the first global token, or all.
+    A new global token is a position of the encoder plus the embedding of <s> (for the first) or of
+    <mask> (for the others).
+    stride: how many positions lie between consecutive global tokens.
+    random_global_init: draw them from the distribution of the token embeddings, not from <mask>.
+    keep_first_global, resize_lsg: keep the first, or all, of an LSG model's global tokens.
     """
+    check_tables(config, tensors, EMBEDDING, POSITIONS[0])
     if not (GLOBALS in tensors and resize_lsg):
-        shared = tensors[EMBEDDINGS[0]]
-        words = shared[tokenizer.mask_token_id].repeat(512, 1)
+        embedding = tensors[EMBEDDING]
+        words = embedding[tokenizer.mask_token_id].repeat(NUM_GLOBALS, 1)
         if random_global_init:
-            words = torch.distributions.MultivariateNormal(
-                shared.mean(0), torch.cov(shared.T)).sample((512,))
-        words[0] = shared[tokenizer.bos_token_id]
-        rows = spread_positions(tensors[POSITIONS[0]][2:], stride) + words
+            distribution = torch.distributions.MultivariateNormal(
+                embedding.mean(0), torch.cov(embedding.T))
+            words = distribution.sample((NUM_GLOBALS,))
+        words[0] = embedding[tokenizer.bos_token_id]
+        global_tokens = spread_positions(tensors[POSITIONS[0]][2:], stride) + words
         if keep_first_global and GLOBALS in tensors:
-            rows[0] = tensors[GLOBALS][0]
-        tensors[GLOBALS] = rows
-    resize_positions(settings, tensors, max_position_embeddings)
+            global_tokens[0] = tensors[GLOBALS][0]
+        tensors = tensors | {GLOBALS: global_tokens}
+    return resize_positions(config, tensors, max_position_embeddings)
 
 
 def spread_positions(positions, stride):
-    """512 rows of `positions` (n, E), in an order in which neighbours are `stride` apart."""
+    """512 rows of positions (n, E), ordered so that neighbors are `stride` positions apart."""
     n, E = positions.shape
-    if n < 512:  # too few to choose from: more are drawn from their distribution
-        extra = (512 - n, 1)
-        positions = torch.cat([positions, torch.normal(positions.mean(0).repeat(extra),
-                                                       positions.std(0).repeat(extra))])
-    factor = max(n // 512, 1)
+    if n < NUM_GLOBALS:  # draw the missing ones from the distribution of the others
+        mean, std = positions.mean(0), positions.std(0)
+        missing = NUM_GLOBALS - n
+        extra = torch.normal(mean.repeat(missing, 1), std.repeat(missing, 1))
+        positions = torch.cat([positions, extra])
+    factor = max(n // NUM_GLOBALS, 1)
     step = stride // factor
-    if step < 1 or 512 % step:
+    if step < 1 or NUM_GLOBALS % step:
         raise ValueError(f"a stride of {stride} over {n} positions does not divide 512 tokens: "
                          f"choose {factor} times a power of 2, up to {512 * factor}")
-    return positions[:512 * factor:factor].view(-1, step, E).transpose(0, 1).reshape(512, E)
+    kept = positions[:NUM_GLOBALS * factor:factor]  # (512, E)
+    return kept.view(-1, step, E).transpose(0, 1).reshape(NUM_GLOBALS, E)
 
 
-def resize_positions(settings, tensors, max_position_embeddings):
-    """Repeat the position tables, or cut them, to max_position_embeddings, in place."""
-    if max_position_embeddings < 1:
-        raise ValueError(f"{max_position_embeddings=}: choose at least 1")
-    for name in POSITIONS:
-        if name in tensors:
-            unused, rows = tensors[name].split([2, len(tensors[name]) - 2])
-            copies = -(-max_position_embeddings // len(rows))
-            tensors[name] = torch.cat([unused, rows.repeat(copies, 1)[:max_position_embeddings]])
-    settings["max_position_embeddings"] = max_position_embeddings
+def resize_positions(config, tensors, max_position_embeddings):
+    """Repeat the rows of the position tables, or cut them, to max_position_embeddings."""
+    if not 1 <= max_position_embeddings <= 10**6:
+        raise ValueError(f"{max_position_embeddings=}: choose a number from 1 to {10**6}")
+    tables = {name: tensors[name] for name in POSITIONS if name in tensors}
+    check_tables(config, tables, *tables)
+    for name, table in tables.items():
+        unused, rows = table[:2], table[2:]  # mBART does not use the first two rows
+        copies = math.ceil(max_position_embeddings / len(rows))
+        tables[name] = torch.cat([unused, rows.repeat(copies, 1)[:max_position_embeddings]])
+    return config | {"max_position_embeddings": max_position_embeddings}, tensors | tables
+
+
+def check_tables(config, tensors, *names):
+    """Raise ValueError if a table that conversion needs is missing or misshapen."""
+    positions = config.get("max_position_embeddings") or 1024
+    for name in names:
+        rows, columns = config.get("vocab_size"), config.get("d_model")
+        if name in POSITIONS and isinstance(positions, int):
+            rows = positions + 2
+        if name not in tensors:
+            raise ValueError(f"missing {name}")
+        if tensors[name].shape != (rows, columns):
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, but config.json says "
+                             f"{(rows, columns)}")
 
 
 # ------------------------------------------------------------------------------------------------
-# Building
+# Writing
 
 
-def lay_out(settings, architecture, lsg):
-    """The model that the settings describe, without memory for its weights."""
-    name = architecture or (settings.get("architectures") or ["ForConditionalGeneration"])[0]
-    model_class = ARCHITECTURES.get(name.removeprefix("LSG").removeprefix("MBart"))
-    if model_class is None:
-        raise ValueError(f"unknown architecture {name!r}: choose one of {', '.join(ARCHITECTURES)}")
-    with torch.device("meta"), NoInit():
-        return model_class(BarthezConfig.from_dict(settings | {"lsg": lsg}))
+def published_config(config, architecture, lsg, dtype="float32"):
+    """The config with the keys by which the original's code knows the model."""
+    decoder_only = architecture == "ForCausalLM"
+    config = config | {
+        "architectures": [("LSG" if lsg else "") + "MBart" + architecture], "model_type": "mbart",
+        "is_decoder": decoder_only, "is_encoder_decoder": not decoder_only, "torch_dtype": dtype}
+    if lsg:
+        config["base_model_prefix"] = "lsg"
+        config["auto_map"] = {  # the class is in the code that is published with the original
+            auto_class: f"ccdv/lsg-barthez-4096--modeling_lsg_mbart.LSGMBart{name}"
+            for name, auto_class in ARCHITECTURE_NAMES.items()}
+    return config
 
 
-class NoInit(TorchFunctionMode):
-    """Leaves out random initialisation: on no memory it is no use, but torch takes a second."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs or {})
-
-
-def weights_of(model):
-    """The weights of a model, {name: tensor}, under the names of a model with a head."""
-    prefix = "model." if isinstance(model, barthez.BarthezModel) else ""
-    return {prefix + name: tensor for name, tensor in model.state_dict().items()}
+def architecture_name(name):
+    """The key of ARCHITECTURE_NAMES for a class name, or for the first of a list of them."""
+    if isinstance(name, list) and name:
+        name = name[0]
+    short = str(name or "ForConditionalGeneration").removeprefix("LSG").removeprefix("MBart")
+    if short not in ARCHITECTURE_NAMES:
+        raise ValueError(f"unknown architecture {name!r}: choose one of "
+                         f"{', '.join(ARCHITECTURE_NAMES)}")
+    return short
 
 
-def tied_names(config):
-    return EMBEDDINGS if config.tie_word_embeddings else EMBEDDINGS[:3]
+def write_checkpoint(folder, config, tensors, tokenizer):
+    """Write config.json, model.safetensors and the tokenizer into a folder.
 
-
-def misfits(model, tensors):
-    """All that is missing, unexpected or misshapen, in words; "" if everything fits.
-
-    A checkpoint may be one for another task: what only that task needs is left behind, and the
-    model's own head may be missing.
+    Every file is written beside its place and moved there last. If the disk is full, an older
+    checkpoint remains.
     """
-    tied, expected = tied_names(model.config), weights_of(model)
-    wanted = {EMBEDDINGS[0] if name in tied else name: t for name, t in expected.items()}
-    faults = [f"missing {name}" for name in wanted.keys() - tensors.keys()
-              if not name.startswith(HEADS)]
-    faults += [f"unexpected {name}" for name in tensors.keys() - wanted.keys()
-               if not (name.startswith(HEADS) or name == GLOBALS
-                       or name.startswith("model.encoder.") and POSITIONS[0] not in wanted)]
-    faults += [f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(t.shape)}"
-               for name, t in wanted.items() if name in tensors and tensors[name].shape != t.shape]
-    faults += [f"{name} is {t.dtype}" for name, t in tensors.items() if not t.is_floating_point()]
-    return "; ".join(sorted(faults))
-
-
-def build_model(settings, tensors, architecture=None, lsg=True):
-    """The model that the settings describe, whose parameters are the tensors of the file.
-
-    A head that the file lacks is initialised, with a warning: it needs training.
-    """
-    model = lay_out(settings, architecture, lsg)
-    if faults := misfits(model, tensors):
-        raise ValueError(f"the weights do not fit the configuration: {faults}")
-    tied, expected = tied_names(model.config), weights_of(model)
-    shared = torch.nn.Parameter(tensors[EMBEDDINGS[0]])
-    found = {name: shared if name in tied else tensors.get(name) for name in expected}
-    new = [name for name in found if found[name] is None]
-    found |= {name: shared.new_zeros(expected[name].shape).detach() for name in new}
-    model.load_state_dict(dict(zip(model.state_dict(), found.values())), assign=True)
-    for name in sorted({name.partition(".")[0] for name in new} - {"final_logits_bias"}):
-        warnings.warn(f"{name} is not in the checkpoint: it is initialised, and needs training")
-        init_weights(model.get_submodule(name), model.config.init_std)
-    return model
-
-
-def save_model(model, tokenizer, folder):
-    """Save a checkpoint in the published layout, which the original's code reads as well."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.config
-    settings = {key: value for key, value in asdict(config).items()
-                if key != "lsg" and value is not None and (config.lsg or key not in LSG_KEYS)}
-    suffix = next(suffix for suffix, kind in ARCHITECTURES.items() if type(model) is kind)
-    settings |= {
-        "architectures": [("LSG" if config.lsg else "") + "MBart" + suffix], "model_type": "mbart",
-        "is_encoder_decoder": suffix != "ForCausalLM", "is_decoder": suffix == "ForCausalLM",
-        "num_hidden_layers": config.encoder_layers, "num_labels": config.num_labels,
-        "label2id": {label: i for i, label in config.id2label.items()},
-        "forced_eos_token_id": config.forced_eos_token_id,
-        "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
-    if config.lsg:
-        settings |= {"base_model_prefix": "lsg", "sparsity_type": config.sparsity_type}
-        settings["auto_map"] = {  # whose code is the original's, on the Hub
-            "AutoModel" + kind.removeprefix("Model").replace("ConditionalGeneration", "Seq2SeqLM"):
-            f"ccdv/lsg-barthez-4096--modeling_lsg_mbart.LSGMBart{kind}" for kind in ARCHITECTURES}
+    tokenizer_config = {"model_max_length": config["max_position_embeddings"],
+                        "tokenizer_class": "BarthezTokenizer"}
+    dtype, kept = getattr(torch, config["torch_dtype"]), {}
+    for name, tensor in tensors.items():  # one copy of a tied matrix is enough
+        if tensor.data_ptr() not in [other.data_ptr() for other in kept.values()]:
+            kept[name] = tensor
+    kept = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in kept.items()}
+    with locked(folder), ExitStack() as moves:
+        for leftover in folder.glob("*.incomplete"):  # of a run that was killed
+            leftover.unlink()
 
-    (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    names = [name for name in weights_of(model) if name in tied_names(config)]
-    for name in sorted(names, key=EMBEDDINGS.index)[1:]:  # one copy is enough
-        del tensors[name if suffix != "Model" else name.removeprefix("model.")]
-    written = folder / "model.safetensors.incomplete"
-    save_file(tensors, written, metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", written)  # save_file lets nobody else read it
-    os.replace(written, folder / "model.safetensors")  # the model may be mapped from that very file
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "model_max_length": config.max_position_embeddings,
-        "tokenizer_class": "BarthezTokenizer"}, indent=2) + "\n")
-    target = folder / "sentencepiece.bpe.model"
-    if tokenizer.model_file.resolve() != target.resolve():
-        shutil.copyfile(tokenizer.model_file, target)
+        def place(name):
+            return moves.enter_context(replacing(folder / name))
+
+        config_file = place("config.json")
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        place("tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+        pieces, old = tokenizer.model_file.read_bytes(), folder / "sentencepiece.bpe.model"
+        if not (old.is_file() and old.read_bytes() == pieces):
+            place("sentencepiece.bpe.model").write_bytes(pieces)
+        weights_file = place("model.safetensors")
+        try:
+            save_file(kept, weights_file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{weights_file} cannot be written: {one_line(error)}") from None
+        shutil.copymode(config_file, weights_file)  # save_file lets only the owner read it
+
+
+@contextmanager
+def replacing(path):
+    """Yields a name beside `path` to write to. It becomes `path` if all goes well."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path):
+    """Waits until no other process holds the lock of a file or folder, and holds it."""
+    if fcntl is None:
+        yield
+        return
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags)
+    try:
+        with suppress(OSError):  # some network drives have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------
-# The Hub
-#
-# Its download protocol, with the standard library alone. The cache is laid out as the official
-# client does, so that each finds what the other fetched:
-#
-#     models--owner--name/blobs/<etag>        the bytes; the etag is also their checksum
-#     models--owner--name/snapshots/<commit>/config.json -> ../../blobs/<etag>
-#     models--owner--name/refs/main           the commit that `main` was when last asked
-#     .locks/models--owner--name/<etag>.lock  held by the process that fetches this blob
-
-SETTINGS = {  # environment variables, read at each call, and what holds if one is not set
-    "HF_ENDPOINT": "https://huggingface.co", "HF_HUB_OFFLINE": "", "HF_TOKEN": "",
-    "XDG_CACHE_HOME": "~/.cache", "HF_HOME": "$XDG_CACHE_HOME/huggingface",
-    "HF_HUB_CACHE": "$HF_HOME/hub", "HF_TOKEN_PATH": "$HF_HOME/token",
-    "HF_HUB_ETAG_TIMEOUT": "10", "HF_HUB_DOWNLOAD_TIMEOUT": "10",  # seconds without a byte
-    "HF_HUB_DISABLE_PROGRESS_BARS": "",
-}
-TRIES = 5  # failures in a row, without a byte gained, before we give up
-PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds: the first pause doubles with each failure in a row
-LARGE = 10_000_000  # bytes from which a download is announced and its progress shown
-COMMIT = re.compile(r"[0-9a-f]{40}")
-REPO_ID = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?(/\w([\w.-]{0,94}\w)?)?", re.ASCII)
-ENDPOINT = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d{1,5})?(/[\w.~-]+)*", re.ASCII)
-LOOPBACK = re.compile(r"https?://(localhost|127(\.\d+){3}|\[::1\])([:/]|$)")
+# Command lines: what load_weights.py, barthez.py and train.py have in common
 
 
-class EntryNotFoundError(FileNotFoundError):
-    """The revision lacks this file (offline: the cache does); it may have another."""
-
-
-class Transient(Exception):
-    """(reason, seconds): a failure worth another try, after the pause that the server asks for."""
-
-
-def download(repo_id: str, filename: str, revision: str = "main", tries: int = TRIES) -> Path:
-    """The path of a model's file in the Hub cache, to where it is fetched first if need be.
-
-    `revision` is a branch, a tag, `refs/pr/2` or a commit; the Hub is not asked for a cached file
-    of a full commit. Where asking or fetching fails, a cached copy is better than none, and it is
-    used at once: the Hub is asked `tries` times only if there is none.
-
-    Raises EntryNotFoundError if the revision lacks the file, FileNotFoundError if the repository
-    or the revision is missing, PermissionError if it is gated, private or the token refused,
-    ConnectionError if the network fails, OSError if the cache cannot be written, ValueError for
-    a name or a setting that cannot be right: one line each, which says what to do.
-    """
-    if not REPO_ID.fullmatch(repo_id):
-        raise ValueError(f"{repo_id!r} is no folder, and no model's name on the Hub (owner/name).")
-    for name in (filename, revision):
-        if {"", ".", ".."} & set(name.split("/")) or re.search(r'[\x00-\x1f\x7f\\:*?"<>|]', name):
-            raise ValueError(f"{name!r} cannot be a file or a revision of a model on the Hub.")
-    what, cache = f"{filename} of {repo_id} ({revision})", setting("HF_HUB_CACHE")
-    have, offline = cached(repo_id, filename, revision), switched_on("HF_HUB_OFFLINE")
-    if have and (offline or COMMIT.fullmatch(revision)):
-        return have
-    if offline:
-        raise EntryNotFoundError(f"{what} is not in {cache}: unset HF_HUB_OFFLINE to fetch it.")
+def run(main):
+    """Run a program. A user's mistake is one line on stderr and exit status 2; Ctrl-C is 130."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, mode))
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     try:
-        return refresh(repo_id, filename, revision, what, tries=1 if have else tries)
-    except OSError as error:
-        if error.errno is not None:  # the system's; our own carry a message and no number
-            error = OSError(f"Cannot write {what} to {cache}: {error.strerror}. Free some space, "
-                            "or set HF_HUB_CACHE to a folder that you can write to.")
-        if not have or isinstance(error, EntryNotFoundError):
-            raise error
-        say(f"{error} Using the copy in the cache.")
-        return have
+        main()
+        sys.stdout.flush()
+        return
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except (ValueError, OSError) as error:
+        message, status = one_line(error), 2
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        message, status = "not enough memory: lower the lengths, the beams or the batch", 2
+    notice(f"{Path(sys.argv[0]).name}: {message}")
+    with suppress(OSError):
+        sys.stdout.flush()
+    discard(sys.stdout)
+    sys.exit(status)
 
 
-def cached(repo_id: str, filename: str, revision: str = "main") -> Path | None:
-    """The file if it is in the cache, without asking the Hub whether the revision has moved."""
-    folder, commit = repo_folder(repo_id), revision
-    with contextlib.suppress(OSError):
-        if not COMMIT.fullmatch(revision):
-            commit = (folder / "refs" / revision).read_text(errors="replace").strip()
-        path = folder / "snapshots" / commit / filename
-        if COMMIT.fullmatch(commit) and path.is_file():
-            return path
-    return None
+def out_of_memory(error):
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("allocate memory", "out of memory"))
 
 
-def refresh(repo_id: str, filename: str, revision: str, what: str, tries: int) -> Path:
-    """Asks which commit and which bytes are meant, and brings into the cache what it lacks."""
-    url = f"/{repo_id}/resolve/{{}}/{quote(filename)}"
-    commit, etag, size = persist(lambda: metadata(url.format(quote(revision, "")), what), tries)
-    if COMMIT.fullmatch(revision) and commit != revision:
-        raise trouble(f"The Hub answered with commit {commit} when asked for {what}")
-    folder = repo_folder(repo_id)
-    blob, pointer = folder / "blobs" / etag, folder / "snapshots" / commit / filename
-    blob.parent.mkdir(parents=True, exist_ok=True)
-    if not pointer.is_file():
-        with locked(folder.parent / ".locks" / folder.name / f"{etag}.lock") as alone:
-            if not blob.is_file():
-                if size >= LARGE:
-                    say(f"Downloading {what}: {size / 1e6:,.0f} MB to {blob.parent}")
-                # Without locks, under a name of our own: two writers would spoil each other's.
-                partial = blob.with_name(f"{etag}{'' if alone else uuid.uuid4()}.incomplete")
-                partial.touch()
-                try:  # by commit from here on: a branch may move between the two requests
-                    persist(lambda: append(url.format(commit), what, partial, etag, size), TRIES,
-                            gained=lambda: os.path.getsize(partial))
-                    os.replace(partial, blob)
-                finally:
-                    if not alone:  # nobody would ever resume it
-                        partial.unlink(missing_ok=True)
-            with in_one_step(pointer, blob.parent) as name:
-                try:
-                    os.symlink(os.path.relpath(blob, pointer.parent), name)
-                except OSError:  # Windows grants symlinks to few, and some disks know none
-                    shutil.copyfile(blob, name)
-    ref = folder / "refs" / revision
-    if commit != revision and not (ref.is_file() and ref.read_bytes() == commit.encode()):
-        with in_one_step(ref, blob.parent) as name:
-            name.write_text(commit)
-    return pointer
-
-
-def metadata(url: str, what: str) -> tuple[str, str, int]:
-    """The file's commit, its etag and its size in bytes."""
-    with ask("HEAD", url, what) as answer:
-        headers = answer.headers
-    etag = (headers.get("X-Linked-Etag") or headers.get("ETag", "")).removeprefix("W/").strip('"')
-    size = headers.get("X-Linked-Size") or answer.status == 200 and headers.get("Content-Length")
-    commit = headers.get("X-Repo-Commit", "")
-    # Commit and etag become names in the cache, and the etag is the checksum: nothing else will do.
-    if not (COMMIT.fullmatch(commit) and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag)
-            and re.fullmatch(r"[0-9]{1,15}", size or "")):
-        raise trouble(f"{urlsplit(answer.url).hostname} does not answer as the Hub does")
-    return commit, etag, int(size)
-
-
-def append(url: str, what: str, partial: Path, etag: str, size: int) -> None:
-    """One request for the bytes that `partial` lacks; returns once it is complete and verified."""
-    start = os.path.getsize(partial)
-    if start != size:
-        with ask("GET", url, what, **({"Range": f"bytes={start}-"} if start else {})) as answer:
-            sent = answer.headers.get("Content-Range", "")
-            if answer.status == 416 or answer.status == 206 and f"bytes {start}-" not in sent:
-                os.truncate(partial, 0)
-                raise Transient("The server cannot resume the download", 0)
-            if answer.headers.get("Content-Encoding", "identity") != "identity":
-                raise trouble(f"{what} came compressed, though nobody asked for it")
-            if answer.headers.get_content_type() == "text/html":
-                raise trouble(f"A web page (a login?) came instead of {what}")
-            with open(partial, "ab" if answer.status == 206 else "wb") as file:
-                for block in body(answer, file.tell(), size):
-                    file.write(block)
-                    if file.tell() > size:  # an endless answer must not fill the disk
-                        break
-    length = os.path.getsize(partial)
-    if length < size:
-        raise Transient(f"The connection closed at {length:,} of {size:,} bytes", 0)
-    # sha256, or git's own sum for the small files that are kept in git itself
-    digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(b"blob %d\0" % size)
-    with open(partial, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != etag or length != size:
-        os.truncate(partial, 0)
-        if start:  # then what was left from before may be at fault: once more, from the beginning
-            raise Transient(f"The parts of {what} do not fit together", 0)
-        raise trouble(f"What came as {what} has a wrong size or checksum and was deleted")
-
-
-def body(answer: HTTPResponse, done: int, size: int):
-    """Yields the answer's bytes, with a line of progress where stderr is a terminal."""
-    quiet = size < LARGE or switched_on("HF_HUB_DISABLE_PROGRESS_BARS") or not sys.stderr.isatty()
-    first, begun, shown = done, time.monotonic(), 0.0
+def notice(text, end="\n"):
+    """Print to stderr. If that is full or closed, the program continues."""
     try:
-        while block := answer.read1(1 << 18):
-            yield block
-            done, now = done + len(block), time.monotonic()
-            if not quiet and (now - shown > 0.2 or done >= size):
-                shown, rate = now, (done - first) / max(now - begun, 1e-3)  # bytes a second
-                left = int((size - done) / rate)
-                print(f"\r{done / 1e6:8,.1f} of {size / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, "
-                      f"{left // 60}:{left % 60:02} left ", end="", file=sys.stderr, flush=True)
-    except (OSError, HTTPException) as error:
-        # Only the network raises in here: a full disk does where the block is written.
-        raise Transient(f"The download broke off ({type(error).__name__})", 0) from error
-    finally:
-        if not quiet:
-            say("")
+        print(text, end=end, file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
 
 
-def persist(action, tries: int, gained=lambda: 0):
-    """Calls `action` until it gets through or has failed `tries` times without gaining a byte."""
-    failures, most = 0, gained()
-    while True:
+def discard(stream):
+    """From now on, discard what is written to the stream."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def one_line(error, length=1000):
+    """The message of an error, in one line."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
+def parse_settings(settings):
+    """["KEY=VALUE", …] as a dict. Values are JSON, or else text."""
+    values = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting}: expected KEY=VALUE, such as block_size=64")
+        if key in ("source", "revision", "architecture", "device", "dtype"):
+            raise ValueError(f"--set {key}: config.json has no such key")
         try:
-            return action()
-        except Transient as fault:
-            (reason, wait), now = fault.args, gained()
-            failures, most = (1, now) if now > most else (failures + 1, most)
-            if failures >= tries:
-                raise trouble(reason) from fault
-            pause = min(max(wait, PAUSE * 2 ** (failures - 1)), LONGEST_PAUSE)
-            say(f"{reason}: trying again in {pause:.0f} s.")
-            time.sleep(pause)
-
-
-def ask(method: str, path: str, what: str, **headers: str) -> HTTPResponse:
-    """One request, of which only useful answers come back: 2xx, 416, and to a HEAD also the
-    redirect that describes a large file.
-
-    Redirects are followed by hand: urllib would hand the token to every host on the way, and
-    turn a redirected HEAD into a GET.
-    """
-    home, token = hub()
-    timeout = seconds("HF_HUB_ETAG_TIMEOUT" if method == "HEAD" else "HF_HUB_DOWNLOAD_TIMEOUT")
-    headers.update({"User-Agent": "lsg-barthez", "Accept-Encoding": "identity"})
-    url, host, target = home + path, home, ""
-    for _ in range(10):
-        try:
-            url = urljoin(url, target)
-            host, at_home = urlsplit(url).hostname or host, urljoin(url, "/") == urljoin(home, "/")
-            request = Request(url, headers=headers, method=method)
-            if token and at_home:
-                request.add_header("Authorization", f"Bearer {token}")
-            # A bare opener follows no redirect, opens no local file and raises for no status. A
-            # request to this very machine must not leave it through a proxy.
-            opener, proxies = OpenerDirector(), {} if LOOPBACK.match(url) else None
-            scheme = HTTPSHandler if url.startswith("https:") else HTTPHandler
-            for part in scheme(), ProxyHandler(proxies), UnknownHandler():
-                opener.add_handler(part)
-            answer = opener.open(request, timeout=timeout)
-        except (OSError, HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", type(error).__name__)  # never the address: signed
-            if isinstance(reason, ssl.SSLCertVerificationError):
-                raise trouble(f"The certificate of {host} is not valid (is this computer's clock "
-                              f"right?): {reason.verify_message}") from error
-            if isinstance(reason, socket.gaierror):  # most often, there is no network at all
-                raise trouble(f"The address of {host} is not to be had") from error
-            raise Transient(f"{host} cannot be reached ({reason})", 0) from error
-        target, status = answer.headers.get("Location"), answer.status
-        described = method == "HEAD" and answer.headers.get("X-Linked-Etag")
-        if status < 300 or status == 416 or status < 400 and described:
-            return answer
-        answer.close()
-        if status in (408, 429, 500, 502, 503, 504):
-            reason = f"{host} answered HTTP {status} {HTTPStatus(status).phrase}"
-            raise Transient(reason, retry_after(answer.headers))
-        if status >= 400 or not target:
-            raise refusal(answer, what, home + path.partition("/resolve/")[0] if at_home else "")
-    raise trouble(f"{host} redirects in circles")
-
-
-def refusal(answer: HTTPResponse, what: str, page: str) -> OSError:
-    """The error that a 4xx means. `page` is the model's, "" if it is not the Hub that answers."""
-    code, status = answer.headers.get("X-Error-Code"), answer.status
-    if "Invalid credentials" in answer.headers.get("X-Error-Message", ""):
-        code = "BadToken"
-    absent = (f"{page} does not exist, or is private or gated: check its name, or set HF_TOKEN to "
-              "a token that may read it.")
-    kind, text = {
-        "EntryNotFound": (EntryNotFoundError, f"There is no {what}: see {page}/tree/main"),
-        "RevisionNotFound": (FileNotFoundError, f"No such revision: {what}. See {page}/tree/main"),
-        "RepoNotFound": (FileNotFoundError, absent),
-        "GatedRepo": (PermissionError, f"{page} is gated: accept its terms there, set HF_TOKEN."),
-        "BadToken": (PermissionError, "The Hub rejects your token: renew or remove it (HF_TOKEN)."),
-    }.get(code) or {
-        401: (PermissionError, absent),
-        403: (PermissionError, f"{page} may not be read with this token, or a proxy forbids it."),
-        404: (FileNotFoundError, absent),
-    }.get(status, (None, ""))
-    if page and kind:
-        return kind(text)
-    return trouble(f"{urlsplit(answer.url).hostname} answered HTTP {status} for {what}")
-
-
-def trouble(reason: str) -> ConnectionError:
-    return ConnectionError(f"{' '.join(reason.split())}. Check the network, HF_ENDPOINT and any "
-                           "proxy, then try again.")
-
-
-def retry_after(headers) -> float:
-    """The pause asked for, in seconds; a date is compared with the server's clock, not ours."""
-    until = headers.get("Retry-After", "")
-    with contextlib.suppress(TypeError, ValueError):
-        if until.isdecimal():
-            return float(until)
-        now = parsedate_to_datetime(headers["Date"])
-        return (parsedate_to_datetime(until) - now).total_seconds()
-    return 0.0
-
-
-def hub() -> tuple[str, str]:
-    """The Hub's address, and the user's token or ""."""
-    home, token = setting("HF_ENDPOINT").rstrip("/"), setting("HF_TOKEN")
-    if not ENDPOINT.fullmatch(home):
-        raise ValueError("HF_ENDPOINT is not an address such as https://huggingface.co")
-    with contextlib.suppress(OSError):  # most users have no token
-        token = (token or Path(setting("HF_TOKEN_PATH")).read_text(errors="replace")).strip()
-    if not re.fullmatch(r"[!-~]*", token):  # http.client would print it in its complaint
-        raise ValueError("The token (HF_TOKEN, or its file) has characters that no token has.")
-    if token and home.startswith("http:") and not LOOPBACK.match(home):
-        raise ValueError(f"The token is never sent unencrypted: let HF_ENDPOINT begin with https, "
-                         f"unlike {home}, or remove HF_TOKEN and the token's file.")
-    return home, token
-
-
-def setting(variable: str) -> str:
-    default = re.sub(r"\$(\w+)", lambda other: setting(other[1]), SETTINGS[variable])
-    return os.path.expandvars(os.path.expanduser(os.environ.get(variable) or default))
-
-
-def switched_on(variable: str) -> bool:
-    return setting(variable).upper() in ("1", "ON", "YES", "TRUE")
-
-
-def seconds(variable: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < (value := float(setting(variable))) < 1e6:
-            return value
-    raise ValueError(f"{variable} must be a number of seconds, such as 10.")
-
-
-def repo_folder(repo_id: str) -> Path:
-    return Path(setting("HF_HUB_CACHE"), "models--" + repo_id.replace("/", "--"))
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def locked(path: Path):
-    """Holds the lock that the official client holds too; yields whether there are locks here."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try:
-            import fcntl  # not on Windows
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say("Another process is downloading this file: waiting for it.")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            works = True
-        except (ImportError, OSError):  # some network drives have no locks
-            works = False
-        yield works
-
-
-@contextlib.contextmanager
-def in_one_step(path: Path, scratch: Path):
-    """Yields a name in `scratch` to write to, which becomes `path` once that has succeeded."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name = scratch / f"{uuid.uuid4()}.incomplete"
-    try:
-        yield name
-        os.replace(name, path)
-    finally:
-        name.unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# The command line
+            values[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            values[key] = value
+    return values
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Convert BARThez to LSG, or lengthen an LSG model, and save it as a folder.")
+        description="Convert BARThez to LSG, or lengthen an LSG model, and save it in a folder.")
     parser.add_argument("source", help="folder or Hub id")
     parser.add_argument("--output", required=True, metavar="FOLDER")
     parser.add_argument("--revision", help="branch, tag, commit or refs/pr/N on the Hub")
-    parser.add_argument("--architecture", help=f"one of {', '.join(ARCHITECTURES)}")
+    parser.add_argument("--architecture", help=f"one of {', '.join(ARCHITECTURE_NAMES)}")
     parser.add_argument("--max-position-embeddings", type=int, default=4096, metavar="N")
     parser.add_argument("--global-positional-stride", type=int, default=64, metavar="N",
-                        help="how many positions apart consecutive global tokens stand")
+                        help="positions between consecutive global tokens")
     parser.add_argument("--random-global-init", action="store_true",
                         help="draw the global tokens from the distribution of the words")
     parser.add_argument("--keep-first-global", action="store_true",
-                        help="of an LSG model, keep the first global token")
+                        help="keep the first global token of an LSG model")
     parser.add_argument("--resize-lsg", action="store_true",
-                        help="of an LSG model, keep all global tokens: only change its length")
+                        help="keep all global tokens of an LSG model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--seed", type=int, default=123)
-    for key in LSG_KEYS:
-        parser.add_argument("--" + key.replace("_", "-"), type=json.loads if key != "sparsity_type"
-                            else str, help="LSG parameter, kept in config.json")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                        help="override keys of config.json, such as sparsity_type=pooling")
     arguments = parser.parse_args()
+    if not arguments.output:
+        raise ValueError("--output is empty: name a folder")
+
     torch.manual_seed(arguments.seed)
-    settings, tensors, tokenizer = read_checkpoint(arguments.source, arguments.revision)
-    convert_to_lsg(settings, tensors, tokenizer, arguments.max_position_embeddings,
-                   stride=arguments.global_positional_stride, resize_lsg=arguments.resize_lsg,
-                   random_global_init=arguments.random_global_init,
-                   keep_first_global=arguments.keep_first_global)
-    settings |= {key: value for key in LSG_KEYS if (value := getattr(arguments, key)) is not None}
-    model = build_model(settings, tensors, arguments.architecture)
-    save_model(model.to(getattr(torch, arguments.dtype)), tokenizer, arguments.output)
+    config, tensors, tokenizer = read_checkpoint(arguments.source, arguments.revision)
+    architecture = architecture_name(arguments.architecture or config.get("architectures"))
+    if GLOBALS in tensors and not arguments.resize_lsg:
+        notice(f"{arguments.source} is an LSG model, whose global tokens are replaced: add "
+               "--resize-lsg to keep them")
+    config, tensors = convert_to_lsg(
+        config, tensors, tokenizer, arguments.max_position_embeddings,
+        stride=arguments.global_positional_stride, random_global_init=arguments.random_global_init,
+        keep_first_global=arguments.keep_first_global, resize_lsg=arguments.resize_lsg)
+    settings = parse_settings(arguments.set)
+    for key in settings.keys() - config.keys() - LSG_KEYS.keys():
+        raise ValueError(f"--set {key}: config.json has no such key")
+    config = LSG_KEYS | config | settings
+    check_options(*(config[key] for key in (
+        "block_size", "sparse_block_size", "sparsity_factor", "sparsity_type", "num_global_tokens",
+        "lsh_num_pre_rounds")))
+    config = published_config(config, architecture, True, arguments.dtype)
+    write_checkpoint(arguments.output, config, tensors, tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------
+# A model on the Hub, and in the cache that the Hub's clients share
+
+CONVERSIONS = {  # safetensors that were proposed to a model whose main branch has none
+    "moussaKam/barthez": "42bea5aeff64b65241007086b895e6fd17ab6204",
+    "moussaKam/barthez-orangesum-abstract": "d297ebaa84d61a069a0cd6922271c4a47ba2554e",
+    "moussaKam/barthez-sentiment-classification": "refs/pr/1",
+    "moussaKam/mbarthez": "7a86236775ed8eaab6eefc9a90a309c4831fae13"}
+COMMIT = re.compile("([0-9a-f]{40})")
+
+
+class NoNetwork(ConnectionError):
+    """No address, no connection, or offline mode; and the cache lacks the file."""
+
+
+class EntryNotFoundError(FileNotFoundError):
+    """The revision, or the cache, lacks the file."""
+
+
+def hub_files(repo_id, revision=None):
+    """{file name: path in the cache} of a model on the Hub, with its weights under "weights".
+
+    revision: a branch, a tag, refs/pr/N or a commit.
+    A model that is complete in the cache is used if the Hub cannot be asked or refuses.
+    """
+    if not re.fullmatch(r"(?a:\w[\w.-]*(/\w[\w.-]*)?)", repo_id):
+        raise ValueError(f"{repo_id!r} is neither a folder nor a model on the Hub (owner/name).")
+    try:
+        old = collect(cached, repo_id, revision)
+    except EntryNotFoundError:
+        return collect(download, repo_id, revision)
+    try:
+        if download(repo_id, "config.json", revision or "main", tries=1) == old["config.json"]:
+            return old  # the revision has not moved
+        return collect(functools.partial(download, tries=1), repo_id, revision)
+    except OSError as error:
+        if isinstance(error, EntryNotFoundError):
+            raise
+        notice(f"{error} The model in the cache is used.")
+        return old
+
+
+def collect(get, repo_id, revision):
+    config = get(repo_id, "config.json", revision or "main")
+    commit = config.parent.name  # of all files, even if the branch moves meanwhile
+    tokenizer = get(repo_id, "sentencepiece.bpe.model", commit)
+    files = {"config.json": config, "sentencepiece.bpe.model": tokenizer}
+    with suppress(EntryNotFoundError):  # few models have one
+        files["generation_config.json"] = get(repo_id, "generation_config.json", commit)
+    places = [("model.safetensors", commit), ("pytorch_model.bin", commit),
+              ("model.safetensors.index.json", commit), ("pytorch_model.bin.index.json", commit)]
+    if revision is None and repo_id in CONVERSIONS:
+        places.insert(1, ("model.safetensors", CONVERSIONS[repo_id]))
+    for name, place in places:
+        if "weights" not in files:
+            with suppress(FileNotFoundError):  # even a conversion's revision may go
+                files["weights"] = get(repo_id, name, place)
+    if "weights" not in files:
+        raise EntryNotFoundError(f"{repo_id} has no model.safetensors and no pytorch_model.bin.")
+    if files["weights"].suffix == ".json":
+        raise ValueError(SHARDED.format(repo_id))
+    return files
+
+
+def cached(repo_id, filename, revision="main"):
+    """The path of a file in the cache."""
+    folder, commit = repo_folder(repo_id), revision
+    if (folder / "refs" / revision).is_file():
+        commit = (folder / "refs" / revision).read_text(errors="replace")
+    path = folder / "snapshots" / commit / filename
+    if path.is_file():
+        return path
+    raise EntryNotFoundError(f"{filename} of {repo_id} ({revision}) is not in {folder.parent}.")
+
+
+def link(blob, folder, commit, filename, revision):
+    """Give a blob its name in a commit, and note that the revision is this commit."""
+    path, ref = folder / "snapshots" / commit / filename, folder / "refs" / revision
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as name:
+            try:
+                os.symlink(os.path.relpath(blob, path.parent), name)
+            except OSError:  # Windows allows it to few
+                shutil.copyfile(blob, name)
+    if revision != commit and not (ref.is_file() and ref.read_bytes() == commit.encode()):
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(ref) as name:
+            Path(name).write_text(commit)
+    return path
+
+
+def repo_folder(repo_id):
+    return hf_path("HF_HUB_CACHE", "hub") / f"models--{repo_id.replace('/', '--')}"
+
+
+def hf_path(variable, name):
+    """The path in an environment variable, or else `name` in the folder of the Hub's clients."""
+    home = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    path = os.environ.get(variable) or f"{os.environ.get('HF_HOME') or home}/{name}"
+    return Path(os.path.expandvars(os.path.expanduser(path)))
+
+
+def endpoint():
+    address = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    if not re.match("https?://", address):
+        raise ValueError(f"HF_ENDPOINT={address} must begin with https:// (or http://).")
+    return address
+
+
+def is_on(variable):
+    return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+# ------------------------------------------------------------------------------------------------
+# The Hub's download protocol
+
+ETAG = re.compile('(?:W/)?"?([0-9a-f]{40}|[0-9a-f]{64})"?')  # git's blob sha1, or sha256
+LARGE = 10_000_000  # bytes from which a download shows its progress
+FAMILIES = {}  # host -> the address to bind to, of the address family that reaches the host
+
+
+class Retry(Exception):
+    """(reason, pause in seconds, whether bytes came): another attempt may succeed."""
+
+
+def download(repo_id, filename, revision="main", tries=5):
+    """The path of a file in the cache, brought up to date unless `revision` is a cached commit."""
+    what, folder = f"{filename} of {repo_id} ({revision})", repo_folder(repo_id)
+    if is_on("HF_HUB_OFFLINE") or COMMIT.fullmatch(revision):
+        with suppress(EntryNotFoundError):
+            return cached(repo_id, filename, revision)
+    if is_on("HF_HUB_OFFLINE"):
+        raise NoNetwork(f"{what} is not in {folder.parent}: unset HF_HUB_OFFLINE to download it.")
+    failures = 0
+    while True:
+        try:
+            return fetch(repo_id, filename, revision, what)
+        except Retry as fault:
+            reason, pause, gained = fault.args
+            if not FAMILIES:  # no host was ever reached
+                raise NoNetwork(f"{reason}: check the network and any proxy.") from None
+        except OSError as error:
+            if error.errno is None:  # our own, with a message
+                raise
+            raise OSError(f"Cannot write {what} to {folder.parent}: {error.strerror}. Free some "
+                          "space, or set HF_HUB_CACHE to another folder.") from error
+        failures = 0 if gained else failures + 1
+        pause = max(pause, 2 ** failures // 2, 1)
+        if failures >= tries or pause > 310:  # the Hub counts requests in windows of 300 s
+            raise ConnectionError(f"{reason}. Try again later: a partial download is continued.")
+        notice(f"{reason}: next attempt in {pause} s.")
+        time.sleep(pause)
+
+
+def fetch(repo_id, filename, revision, what):
+    """One attempt: learn the commit and the etag, which is the checksum and names the blob."""
+    folder, page = repo_folder(repo_id), f"{endpoint()}/{repo_id}"
+    commit = etag = None
+    for answer, url in follow(f"{page}/resolve/{quote(revision, safe='')}/{quote(filename)}"):
+        if answer.status >= 400:
+            raise refusal(answer, page, what)
+        commit = commit or COMMIT.fullmatch(answer.headers.get("X-Repo-Commit", ""))
+        etag = etag or ETAG.fullmatch(answer.headers.get("X-Linked-ETag", ""))
+        if answer.status == 200 and "X-Repo-Commit" in answer.headers:  # not the storage's etag
+            etag = etag or ETAG.fullmatch(answer.headers.get("ETag", ""))
+        if commit and etag:
+            break
+    else:
+        raise ConnectionError(f"{urlsplit(url).hostname} does not answer as the Hub does. Log in "
+                              "to this network in a browser, or check HF_ENDPOINT.")
+    blob = folder / "blobs" / etag[1]
+    if not blob.is_file():
+        lock = folder.parent / ".locks" / folder.name / f"{etag[1]}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with locked(lock):
+            if not blob.is_file():  # another process may have brought it
+                bring(url, blob, what)
+    return link(blob, folder, commit[1], filename, revision)
+
+
+def bring(url, blob, what):
+    """Download what an earlier attempt left to do of `blob`, and verify its checksum."""
+    partial = blob.with_name(f"{blob.name}.incomplete")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    start = partial.stat().st_size if partial.is_file() else 0
+    for answer, _ in follow(url, start):
+        if answer.status in (200, 206):
+            receive(answer, partial, start if answer.status == 206 else 0, what)
+        elif answer.status >= 400 and answer.status != 416:  # which says that nothing is left
+            raise refusal(answer, "", what)
+    digest = hashlib.sha256()
+    if len(blob.name) == 40:
+        digest = hashlib.sha1(b"blob %d\0" % partial.stat().st_size)
+    with open(partial, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != blob.name:
+        partial.unlink()
+        if start:
+            raise Retry(f"The parts of {what} do not fit together", 0, False)
+        raise ConnectionError(f"{what} arrived damaged and was deleted: try again without proxies.")
+    os.replace(partial, blob)
+
+
+def receive(answer, partial, start, what):
+    """Write the answer to `partial` from `start` on. Large files show their progress."""
+    total = start + int(answer.headers.get("Content-Length") or 0)
+    if total >= LARGE:
+        notice(f"Downloading {what}, {total / 1e6:,.0f} MB, to {partial.parent}")
+    quiet = total < LARGE or is_on("HF_HUB_DISABLE_PROGRESS_BARS") or not sys.stderr.isatty()
+    begun = shown = time.monotonic()
+    done, block = start, b"first"
+    with open(partial, "ab" if start else "wb") as file:
+        while block:
+            try:
+                block = answer.read1(1 << 18)
+            except (OSError, HTTPException):  # of the network; `write` raises those of the disk
+                raise Retry(f"The connection broke at {done:,} bytes", 0, done > start) from None
+            done += file.write(block)
+            now = time.monotonic()
+            if not quiet and (now > shown + 0.2 or not block):
+                shown, rate = now, (done - start + 1) / max(now - begun, 0.01)
+                left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
+                notice(f"\r{done / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, {left} left ",
+                       end="" if block else "\n")
+    if done < total:
+        raise Retry(f"The connection broke at {done:,} of {total:,} bytes", 0, done > start)
+
+
+def follow(url, start=0):
+    """Yield the answer to a GET of the bytes from `start` on, and where it leads, for each hop."""
+    for _ in range(10):
+        with ask(url, start) as answer:
+            url = urljoin(url, answer.headers.get("Location", ""))
+            yield answer, url
+        if "Location" not in answer.headers:
+            break
+
+
+def ask(url, start):
+    """The answer to one GET. The token goes to the endpoint alone; urllib would forward it."""
+    headers = {"User-Agent": "lsg-barthez"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    if urlsplit(url)[:2] == urlsplit(endpoint())[:2]:
+        token, file = os.environ.get("HF_TOKEN"), hf_path("HF_TOKEN_PATH", "token")
+        if not token and file.is_file():
+            token = file.read_text(errors="replace")
+        if token:
+            headers["Authorization"] = f"Bearer {''.join(token.split())}"
+    opener = OpenerDirector()
+    for handler in ProxyHandler(), OneFamily(), UnknownHandler():
+        opener.add_handler(handler)
+    try:
+        return opener.open(Request(url, headers=headers), timeout=15)
+    except (OSError, HTTPException) as error:
+        reason, host = getattr(error, "reason", error), urlsplit(url).hostname
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            raise ConnectionError(f"{host}: {reason.verify_message}. Check the clock; on macOS run "
+                                  "'Install Certificates.command' of Python; or set SSL_CERT_FILE "
+                                  "to a file such as /etc/ssl/cert.pem.") from error
+        raise Retry(f"{host} does not answer ({reason})", 0, False) from error
+
+
+class OneFamily(HTTPHandler, HTTPSHandler):
+    """Connects by IPv4, or else by IPv6: one that swallows packets costs a single timeout."""
+
+    def do_open(self, connection, request, **options):
+        host, server = request.host, urlsplit(f"//{request.host}")
+        families = (socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")
+        for family, source in families if host not in FAMILIES else ():
+            with suppress(OSError):
+                port = server.port or connection.default_port
+                address = socket.getaddrinfo(server.hostname, port, family)[0][4]
+                socket.create_connection(address[:2], timeout=5).close()
+                FAMILIES[host] = source, 0
+                break
+        if host not in FAMILIES:
+            raise Retry(f"{server.hostname} cannot be reached", 0, False)
+        return super().do_open(connection, request, source_address=FAMILIES[host], **options)
+
+
+def refusal(answer, page, what):
+    """The error that an answer means; without a page, the storage's, whose addresses expire."""
+    headers, host = answer.headers, urlsplit(answer.url).hostname
+    code, said = headers.get("X-Error-Code"), headers.get("X-Error-Message") or answer.reason
+    if answer.status in (408, 429, 500, 502, 503, 504) or not page:
+        limit = (re.search(r"r=0;t=(\d+)", headers.get("RateLimit", ""))
+                 or re.fullmatch(r"(\d+)", headers.get("Retry-After", "")))
+        pause = int(limit[1]) + 1 if limit else 0
+        return Retry(f"{host} answered {answer.status} {said} for {what}", pause, False)
+    if code == "EntryNotFound":
+        return EntryNotFoundError(f"There is no {what}: see {page}.")
+    if code == "RevisionNotFound":
+        return FileNotFoundError(f"There is no such revision: {what}. See {page}.")
+    if code == "GatedRepo":
+        return PermissionError(f"{page} is gated: accept its terms there, and set HF_TOKEN.")
+    if "Invalid credentials" in said:
+        return PermissionError("The Hub rejects your token: renew or remove it (HF_TOKEN).")
+    if code == "RepoNotFound" or answer.status in (401, 404):
+        return FileNotFoundError(f"{page} is missing or private: check it, or set HF_TOKEN.")
+    return ConnectionError(f"{host} answered {answer.status} {said}: check proxies, HF_ENDPOINT.")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"load_weights.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -1,8 +1,8 @@
 """BARThez' tokenizer: SentencePiece, with <s> … </s> around a text.
 
 T. Kudo and J. Richardson, "SentencePiece" (2018), arXiv:1808.06226. The ids equal those of
-transformers' slow tokenizer, models/barthez/tokenization_barthez.py (4.36.2); decoding differs in
-leaving French typography alone (" ?" keeps its space).
+transformers' slow tokenizer, models/barthez/tokenization_barthez.py (4.36.2). Decoding differs: it
+keeps French typography, such as the space in "Où ?".
 """
 
 import re
@@ -15,46 +15,57 @@ SPECIAL_TOKENS = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 
 
 class BarthezTokenizer:
-    """Text to ids and back, by the pieces of `sentencepiece.bpe.model`.
+    """Text to ids and back.
 
     >>> tokenizer.encode("Il fait beau.")          # <s> ▁Il ▁fait ▁beau . </s>
     >>> tokenizer.encode("Où ?", "Ici !")          # <s> ▁Où ▁? </s> </s> ▁Ici ▁! </s>
     """
 
     def __init__(self, model_file, model_max_length=None):
-        """model_max_length: where `truncation=True` cuts if no max_length is given."""
-        model_file = Path(model_file)
-        if not model_file.is_file():
-            raise FileNotFoundError(f"{model_file}: no such file; a BARThez checkpoint has its "
-                                    "tokenizer in sentencepiece.bpe.model")
-        self.model_file, self.model_max_length = model_file, model_max_length
+        """model_file: sentencepiece.bpe.model. model_max_length: where `truncation` cuts."""
+        self.model_file, self.model_max_length = Path(model_file), model_max_length
+        if not self.model_file.is_file():
+            raise FileNotFoundError(f"{model_file}: no such file; the tokenizer of a BARThez "
+                                    "checkpoint is sentencepiece.bpe.model")
         self.pieces = SentencePieceProcessor()
         try:
-            self.pieces.LoadFromSerializedProto(model_file.read_bytes())
+            self.pieces.LoadFromSerializedProto(self.model_file.read_bytes())
         except RuntimeError:
-            raise ValueError(f"{model_file} is not a SentencePiece model: fetch it again") from None
+            raise ValueError(f"{model_file} is not a SentencePiece model: "
+                             "replace it by a good copy") from None
 
-        # A special token that is no piece of the model comes behind the last piece.
         self.special_ids = {}
         for token in SPECIAL_TOKENS:
             id = self.pieces.piece_to_id(token)
-            missing = id == self.pieces.unk_id() and token != "<unk>"
-            self.special_ids[token] = len(self) if missing else id
-        self.bos_token_id, self.pad_token_id, self.eos_token_id, self.unk_token_id, \
-            self.mask_token_id = self.special_ids.values()
+            if id == self.pieces.unk_id() and token != "<unk>":
+                id = len(self)  # not a piece of the model: it follows the last one
+            self.special_ids[token] = id
+        self.bos_token_id = self.special_ids["<s>"]
+        self.pad_token_id = self.special_ids["<pad>"]
+        self.eos_token_id = self.special_ids["</s>"]
+        self.unk_token_id = self.special_ids["<unk>"]
+        self.mask_token_id = self.special_ids["<mask>"]
         self.special_tokens = {id: token for token, id in self.special_ids.items()}
 
     def __len__(self):
         """The size of the vocabulary."""
-        return max(self.pieces.get_piece_size(), *(i + 1 for i in self.special_ids.values()), 0)
+        return max(self.pieces.get_piece_size(), *(id + 1 for id in self.special_ids.values()), 0)
 
     def text_to_ids(self, text):
-        """The ids of a text alone; special tokens that it spells out are recognised."""
+        """The ids of a text without <s> and </s>. Special tokens in the text are recognized."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the text is not valid Unicode (surrogates): convert it to UTF-8"
+                             ) from None
         ids = []
-        # <mask> stands for a word: it takes the space before it along
-        for part in re.split(r"(<s>|<pad>|</s>|<unk>|\s*<mask>)", text):
-            special = self.special_ids.get(part.lstrip())
-            ids += self.pieces.encode(part) if special is None else [special]
+        parts = re.split("(<s>|<pad>|</s>|<unk>|<mask>)", text)
+        for part, special in zip(parts[::2], parts[1::2] + [None]):
+            if special == "<mask>":  # it includes the space before it
+                part = part.rstrip()
+            ids += self.pieces.encode(part)
+            if special:
+                ids.append(self.special_ids[special])
         return ids
 
     def encode(self, text, pair=None, max_length=None):
@@ -62,67 +73,69 @@ class BarthezTokenizer:
 
         max_length: cut the longer of the two, from its end, until all fits.
         """
-        bos, eos = [self.bos_token_id], [self.eos_token_id]
-        ids, pair_ids = self.text_to_ids(text), None if pair is None else self.text_to_ids(pair)
+        ids, pair_ids = self.text_to_ids(text), self.text_to_ids(pair or "")
         if max_length is not None:
             room = max_length - (2 if pair is None else 4)
             if room < 0:
                 raise ValueError(f"max_length={max_length} leaves no room for <s> and </s>")
-            while len(ids) + len(pair_ids or []) > room:
+            while len(ids) + len(pair_ids) > room:
                 longer = ids if pair is None or len(ids) > len(pair_ids) else pair_ids
                 longer.pop()
-        ids = bos + ids + eos
-        return ids if pair is None else ids + eos + pair_ids + eos
+        bos, eos = [self.bos_token_id], [self.eos_token_id]
+        if pair is None:
+            return bos + ids + eos
+        return bos + ids + eos + eos + pair_ids + eos
 
     def decode(self, ids, skip_special_tokens=True):
         """The text of a list or 1-D tensor of ids."""
-        text, run = "", []  # run: ids since the last special token, which SentencePiece joins
-        ids = [int(id) for id in ids]
-        if skip_special_tokens:
-            ids = [id for id in ids if id not in self.special_tokens]
-        for i, id in enumerate(ids):
+        text, run = "", []  # run: the pieces since the last special token
+        after_special = False
+        for id in map(int, ids):
+            if not 0 <= id < len(self):
+                raise ValueError(f"id {id} is outside the vocabulary of {len(self)} pieces")
             if id not in self.special_tokens:
                 run.append(id)
-                continue
-            if i == 0 or ids[i - 1] not in self.special_tokens:
-                text += " "
-            text += self.pieces.decode(run) + self.special_tokens[id]
-            run = []
+                after_special = False
+            elif not skip_special_tokens:
+                space = "" if after_special else " "
+                text += space + self.pieces.decode(run) + self.special_tokens[id]
+                run, after_special = [], True
         return (text + self.pieces.decode(run)).strip()
 
     def __call__(self, text, pair=None, *, truncation=False, max_length=None, padding=False,
                  pad_to_multiple_of=None):
-        """Ids of one text or a list of texts, as a batch that a model takes: `model(**batch)`.
+        """One text or a list of texts as a batch for a model: `model(**batch)`.
 
-        truncation: cut to max_length, or else model_max_length.
-        padding: True or "longest" pads to the longest text, "max_length" to that length;
-        pad_to_multiple_of rounds either up.
-        Returns {"input_ids", "attention_mask"}, int64 tensors (batch, length).
+        truncation: True cuts to max_length, by default model_max_length.
+        padding: True or "longest" pads to the longest text, "max_length" to max_length;
+            pad_to_multiple_of rounds either up.
+        Returns {"input_ids", "attention_mask"}, int64 tensors (B, T). Raises ValueError.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        pairs = ([None] * len(texts) if pair is None else
-                 [pair] if isinstance(pair, str) else list(pair))
+        pairs = [pair] if isinstance(pair, str) else list(pair or [None] * len(texts))
         if len(texts) != len(pairs):
             raise ValueError(f"{len(texts)} texts, but {len(pairs)} pairs: each text needs its own")
         if padding not in (False, True, "longest", "max_length"):
             raise ValueError(f"{padding=}: choose False, True, 'longest' or 'max_length'")
+        if truncation not in (False, True):
+            raise ValueError(f"{truncation=}: choose False or True, which cuts the longer text")
+        if pad_to_multiple_of and not padding:
+            raise ValueError(f"{pad_to_multiple_of=} needs padding=True")
         if max_length is None:
             max_length = self.model_max_length
-            if max_length is None and (truncation or padding == "max_length"):
-                raise ValueError("the tokenizer knows no model_max_length: give max_length")
+        if max_length is None and (truncation or padding == "max_length"):
+            raise ValueError("the tokenizer has no model_max_length: give max_length")
         limit = max_length if truncation else None
         rows = [self.encode(*both, limit) for both in zip(texts, pairs)]
 
-        lengths = {len(row) for row in rows}
-        if not padding and len(lengths) > 1:
-            raise ValueError("texts of different lengths make no tensor: set padding=True")
-        length = max(lengths, default=0)
+        length = max(map(len, rows), default=0)
+        if not padding and any(len(row) < length for row in rows):
+            raise ValueError("texts of different lengths do not fit in a tensor: set padding=True")
         if padding == "max_length":
             length = max(length, max_length)
-        if padding and pad_to_multiple_of:
+        if pad_to_multiple_of:
             length += -length % pad_to_multiple_of
-        pad = [self.pad_token_id]
-        ids = [row + pad * (length - len(row)) for row in rows]
+        ids = [row + [self.pad_token_id] * (length - len(row)) for row in rows]
         mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
         return {"input_ids": torch.tensor(ids, dtype=torch.int64),
                 "attention_mask": torch.tensor(mask, dtype=torch.int64)}

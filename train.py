@@ -1,194 +1,98 @@
-"""Train BARThez: fine-tune a checkpoint on pairs of document and summary, or pretrain a new one.
+"""Fine-tune BARThez on pairs of document and summary, or measure a model with ROUGE.
 
-    python train.py --model moussaKam/barthez --train pairs.jsonl --validation held-out.jsonl \\
+    python train.py --model moussaKam/barthez --train train.jsonl --validation validation.jsonl \\
         --output my-model
-    python train.py --evaluate held-out.jsonl --model my-model
+    python train.py --model my-model --evaluate test.jsonl
 
-Pairs are JSON lines {"document": …, "summary": …}. Pretraining reads {"document": …} and learns to
-restore it: its sentences are shuffled, and spans of it, of Poisson length 3, are each replaced by
-one <mask> (M. Lewis et al., "BART" (2019), arXiv:1910.13461, as BARThez was). Or else it learns to
-write its main sentences, of which only a <mask> is left (J. Zhang et al., "PEGASUS" (2019),
-arXiv:1912.08777).
-
-A fine-tuned model can be taught to choose among what it would write: --expected-rouge adds to the
-loss the ROUGE that its own beams lack, each weighed by its likelihood (S. Shen et al., "Minimum
-Risk Training for Neural Machine Translation" (2016), arXiv:1512.02433).
-
-Killed and started again with the same arguments, a run goes on from its last checkpoint to the
-result it would have had. On several GPUs or machines: torchrun --nproc-per-node 8 train.py …
+Pairs are JSON lines: {"document": "…", "summary": "…"}. The saved model is the one with the best
+ROUGE-L on the validation pairs. Run the same command again to resume an interrupted run: the result
+is the same to the last bit. On several GPUs or machines: torchrun --nproc-per-node 8 train.py …
 """
 
 import argparse
 import contextlib
+import hashlib
+import itertools
 import json
 import math
 import os
 import random
 import re
-import sys
 import time
+import zipfile
 from collections import Counter
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from barthez import BarthezConfig, BarthezForConditionalGeneration, init_weights, shift_right
-from load_weights import load_model, read_json, save_model
-from tokenizer import BarthezTokenizer
+from barthez import load_model, save_model
+from cpu import keep_freed_memory
+from load_weights import fcntl, notice, parse_settings, replacing, run
 
-
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="what to start from or evaluate: folder or Hub id")
-    parser.add_argument("--new", metavar="CONFIG", help="start afresh, with this config.json")
-    parser.add_argument("--tokenizer", metavar="FILE", help="with --new: a SentencePiece model")
-    parser.add_argument("--set", nargs="+", metavar="KEY=VALUE", default=[],
-                        help="override config keys, such as block_size=64 dropout=0.2")
-    parser.add_argument("--train", metavar="FILE", help="pairs to fine-tune on")
-    parser.add_argument("--pretrain", metavar="FILE", help="documents to pretrain on")
-    parser.add_argument("--gap-sentences", action="store_true",
-                        help="with --pretrain: write the main sentences, rather than restore all")
-    parser.add_argument("--masked", type=float, default=0.3, metavar="SHARE",
-                        help="with --pretrain: how much of a document is masked")
-    parser.add_argument("--validation", metavar="FILE", help="pairs (with --pretrain: documents)")
-    parser.add_argument("--evaluate", metavar="FILE", help="only print ROUGE on these pairs")
-    parser.add_argument("--output", metavar="FOLDER", help="where the best model is saved")
-    parser.add_argument("--steps", type=int, default=3000, help="updates of the weights")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="per forward pass, padded")
-    parser.add_argument("--accumulate", type=int, default=1, help="forward passes per update")
-    parser.add_argument("--max-source-length", type=int, metavar="N",
-                        help="in tokens (default: the model's positions)")
-    parser.add_argument("--max-target-length", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--warmup", type=int, default=200, help="steps up to the full rate")
-    parser.add_argument("--weight-decay", type=float, default=0.01)
-    parser.add_argument("--label-smoothing", type=float, default=0.1)
-    parser.add_argument("--expected-rouge", type=float, default=0.0, metavar="WEIGHT",
-                        help="with --train: loss for each point of ROUGE that the beams lack")
-    parser.add_argument("--only-global-embeddings", action="store_true",
-                        help="train nothing but the global tokens: cheap adaptation to LSG")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower")
-    parser.add_argument("--precision", choices=["bfloat16", "float32"],
-                        help="of the matrix products (default: bfloat16 where it is fast)")
-    parser.add_argument("--evaluate-every", type=int, default=500, metavar="STEPS")
-    parser.add_argument("--evaluate-on", type=int, default=200, metavar="N", help="records of it")
-    parser.add_argument("--num-beams", type=int, default=4, help="when it writes")
-    parser.add_argument("--longer-than", type=int, default=0, metavar="N",
-                        help="with --evaluate: only documents of more than N tokens")
-    parser.add_argument("--examples", type=int, default=0, metavar="N",
-                        help="with --evaluate: print N random summaries too")
-    parser.add_argument("--seed", type=int, default=1)
-    return parser.parse_args()
+RANK = int(os.environ.get("RANK", "0"))  # the number of this process, as torchrun sets it
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+CHECKPOINT_SECONDS = 300  # between checkpoints: what a kill may cost
+REMEDY = "choose another --output, or discard what is there with --start-over"
 
 
 # ------------------------------------------------------------------------------------------------
-# The data
+# Pairs and batches
+
+
+def read_lines(path, *keys):
+    """The records of a file of JSON lines, each with a text under each of `keys`."""
+    records = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)  # UTF-8, with or without a byte order mark
+                for key in keys:
+                    record[key].encode()  # fails unless this is a text
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                texts = ", ".join(f'"{key}": "…"' for key in keys)
+                raise ValueError(f"{path}, line {number}, is not a JSON object "
+                                 f"{{{texts}}} in UTF-8: {error!r}") from None
+            records.append(record)
+    if not records:
+        raise ValueError(f"{path} is empty")
+    return records
+
+
+def sample(path, count, *keys):
+    """`count` records of a file of JSON lines, or all if it has fewer; always the same ones."""
+    records = read_lines(path, *keys)
+    return random.Random(0).sample(records, min(count, len(records)))
 
 
 class Pairs:
     """Documents with their summaries, as ids."""
 
     def __init__(self, records, tokenizer, max_source_length, max_target_length):
+        self.summaries = [record["summary"] for record in records]
         self.sources = [tokenizer.encode(record["document"], max_length=max_source_length)
                         for record in records]
-        self.summaries = [record["summary"] for record in records]
         self.targets = [tokenizer.encode(summary, max_length=max_target_length)
                         for summary in self.summaries]
         self.lengths = [len(s) + len(t) for s, t in zip(self.sources, self.targets)]
 
-    def pair(self, i, _):
+    def pair(self, i, rng):
+        """The ids of source and target i. `rng` is for data sets that add noise; unused here."""
         return self.sources[i], self.targets[i]
 
 
-class Infilling:
-    """Pieces of documents, to be restored from what noise leaves of them."""
-
-    SPAN = 3.0  # mean length of what one <mask> replaces
-
-    def __init__(self, records, tokenizer, max_source_length, masked):
-        self.masked = masked
-        self.bos, self.eos, self.mask = (tokenizer.bos_token_id, tokenizer.eos_token_id,
-                                         tokenizer.mask_token_id)
-        self.pieces = []  # each a list of sentences, each of ids
-        room = max_source_length - 2
-        for record in records:
-            piece, length = [], 0
-            for sentence in re.split(r"(?<=[.!?…;:])\s+|\n+", record["document"]):
-                ids = tokenizer.text_to_ids(sentence)[:room]
-                if length + len(ids) > room:
-                    self.pieces.append(piece)
-                    piece, length = [], 0
-                piece.append(ids)
-                length += len(ids)
-            self.pieces.append(piece)
-        self.pieces = [piece for piece in self.pieces if sum(map(len, piece)) >= 32]
-        self.lengths = [2 * sum(map(len, piece)) for piece in self.pieces]
-
-    def pair(self, i, rng):
-        sentences = self.pieces[i]
-        target = [id for sentence in sentences for id in sentence]
-        noisy = [id for sentence in rng.sample(sentences, len(sentences)) for id in sentence]
-        budget, spans = self.masked * len(noisy), []
-        while budget > 0:
-            spans.append(min(poisson(rng, self.SPAN), len(noisy)))
-            budget -= max(spans[-1], 1)
-        for span in spans:  # a span of 0 puts a <mask> where nothing is missing
-            start = rng.randrange(len(noisy) - span + 1)
-            noisy[start:start + span] = [self.mask]
-        return [self.bos, *noisy, self.eos], [self.bos, *target, self.eos]
-
-
-class GapSentences(Infilling):
-    """Pieces of documents, whose main sentences are to be written: those whose words the rest of
-    the piece says too."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.pieces = [piece for piece in self.pieces if len(piece) > 1]
-        self.lengths = [int((1 + self.masked) * sum(map(len, piece))) for piece in self.pieces]
-
-    def pair(self, i, _):
-        sentences = self.pieces[i]
-        words = Counter(id for sentence in sentences for id in sentence)
-        shared = [(Counter(sentence) & (words - Counter(sentence))).total()
-                  for sentence in sentences]
-        count = max(1, round(self.masked * len(sentences)))
-        gaps = sorted(range(len(sentences)), key=shared.__getitem__)[-count:]
-        source = [id for k, sentence in enumerate(sentences)
-                  for id in ([self.mask] if k in gaps else sentence)]
-        target = [id for k in sorted(gaps) for id in sentences[k]]
-        return [self.bos, *source, self.eos], [self.bos, *target, self.eos]
-
-
-def poisson(rng, mean):
-    """Knuth's method: how many uniform factors until their product falls below exp(-mean)?"""
-    count, product = 0, rng.random()
-    while product > math.exp(-mean):
-        count, product = count + 1, product * rng.random()
-    return count
-
-
-def read_lines(path, *keys):
-    records = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                records.append(record)
-                if not all(isinstance(record[key], str) for key in keys):
-                    raise ValueError(f"{' and '.join(keys)} must be texts")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number}: {error!r}; expected {{"{keys[0]}": …}}')
-    if not records:
-        raise ValueError(f"{path} is empty")
-    return records
-
-
 def batches(lengths, batch_tokens, rng):
-    """Groups of indices of like length, of at most batch_tokens padded tokens, in random order."""
+    """Lists of indices of similar lengths, each of at most batch_tokens tokens with padding.
+
+    Their order is random. A text longer than batch_tokens is a batch of its own.
+    """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i] * rng.uniform(0.95, 1.05))
     groups, group, longest = [], [], 0
     for i in order:
@@ -203,15 +107,52 @@ def batches(lengths, batch_tokens, rng):
 
 
 def tensors(pairs, pad_token_id, device):
-    """What the model takes: pairs of ids -> input_ids, attention_mask, labels."""
+    """The model's arguments for pairs of ids: input_ids, attention_mask (B, S), labels (B, T)."""
     def pad(rows, value):
         length = max(map(len, rows))
         return torch.tensor([row + [value] * (length - len(row)) for row in rows], device=device)
 
-    sources, targets = zip(*pairs)
-    input_ids = pad(sources, pad_token_id)
-    return {"input_ids": input_ids, "attention_mask": input_ids != pad_token_id,
-            "labels": pad(targets, -100)}
+    input_ids = pad([source for source, target in pairs], pad_token_id)
+    labels = pad([target for source, target in pairs], -100)
+    return {"input_ids": input_ids, "attention_mask": input_ids != pad_token_id, "labels": labels}
+
+
+def training_batches(data, first, model, options, rank, processes):
+    """The batches of one process for each step, from step `first` (counted from 0) on, endlessly.
+
+    data: examples, such as Pairs. A step has options.accumulate batches of `tensors`.
+    The random numbers depend on seed, step and rank alone, so that a resumed run draws the same.
+    """
+    device = next(model.parameters()).device
+    per_step = options.accumulate * processes
+    stream = itertools.islice(endless_batches(data, options), first * per_step, None)
+    for step in itertools.count(first):
+        rng = random.Random(f"{options.seed} {step} {rank}")
+        torch.manual_seed(rng.getrandbits(63))
+        groups = list(itertools.islice(stream, per_step))[rank::processes]
+        pairs = [[data.pair(i, rng) for i in group] for group in groups]
+        yield [tensors(group, model.config.pad_token_id, device) for group in pairs]
+
+
+def endless_batches(data, options):
+    """The batches of one epoch after the other."""
+    for epoch in itertools.count():
+        rng = random.Random(f"{options.seed} {epoch}")
+        yield from batches(data.lengths, options.batch_tokens, rng)
+
+
+def training_pairs(options, model, tokenizer):
+    """The pairs of options.train, and a function that evaluates a model on options.validation."""
+    keys = "document", "summary"
+    lengths = options.max_source_length, options.max_target_length
+    pairs = Pairs(read_lines(options.train, *keys), tokenizer, *lengths)
+    if not options.validation:
+        return pairs, None
+    records = sample(options.validation, options.evaluate_on, *keys)
+    # If the model cannot write with these options, say so before hours of training.
+    summarize(model, tokenizer, Pairs(records[:1], tokenizer, *lengths), options)
+    held_out = Pairs(records, tokenizer, *lengths)
+    return pairs, partial(validate, tokenizer=tokenizer, data=held_out, options=options)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -221,328 +162,455 @@ def tensors(pairs, pad_token_id, device):
 def rouge(candidate, reference):
     """(ROUGE-1, ROUGE-2, ROUGE-L) as F1 of two texts: C.-Y. Lin, "ROUGE" (2004).
 
-    Words are runs of letters and digits in lower case; nothing is stemmed.
+    Words are runs of letters and digits in lower case, without stemming.
     >>> rouge("le chat dort", "le chat mange")
     (0.666…, 0.5, 0.666…)
     """
-    a, b = (re.findall(r"\w+", text.lower()) for text in (candidate, reference))
+    a = re.findall(r"\w+", candidate.lower())
+    b = re.findall(r"\w+", reference.lower())
 
     def f1(common, n):
         return 2 * common / (len(a) + len(b) - 2 * (n - 1)) if common else 0.0
 
     def ngrams(words, n):
-        return Counter(zip(*(words[i:] for i in range(n))))
+        return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
 
-    longest = [0] * (len(b) + 1)  # of the common subsequences, row by row
+    longest = [0] * (len(b) + 1)  # length of the longest common subsequence, row by row
     for word in a:
-        before = longest[:]
+        above = longest[:]
         for j, other in enumerate(b):
-            longest[j + 1] = before[j] + 1 if word == other else max(before[j + 1], longest[j])
-    one, two = (f1((ngrams(a, n) & ngrams(b, n)).total(), n) for n in (1, 2))
-    return one, two, f1(longest[-1], 1)
+            longest[j + 1] = above[j] + 1 if word == other else max(above[j + 1], longest[j])
+    unigrams = (ngrams(a, 1) & ngrams(b, 1)).total()
+    bigrams = (ngrams(a, 2) & ngrams(b, 2)).total()
+    return f1(unigrams, 1), f1(bigrams, 2), f1(longest[-1], 1)
 
 
 def mean_rouge(candidates, references):
+    """The means of ROUGE-1, ROUGE-2 and ROUGE-L over two lists of texts."""
     scores = [rouge(*texts) for texts in zip(candidates, references)]
     return [sum(column) / len(scores) for column in zip(*scores)]
 
 
 def first_sentence(text):
-    """The baseline: what a document begins with."""
+    """The baseline: the first sentence or line of a document."""
     return re.split(r"(?<=[.!?])\s|\n", text.strip())[0]
 
 
-def summarize(model, tokenizer, data, batch_tokens=16384, **settings):
-    """The model's summaries of `data`, in its order."""
-    device, summaries = next(model.parameters()).device, {}
-    for group in batches([len(s) for s in data.sources], batch_tokens, random.Random(0)):
-        batch = tensors([data.pair(i, None) for i in group], tokenizer.pad_token_id, device)
-        ids = model.generate(batch["input_ids"], batch["attention_mask"], **settings)
-        summaries |= {i: tokenizer.decode(row) for i, row in zip(group, ids)}
-    return [summaries[i] for i in range(len(data.sources))]
-
-
 @torch.no_grad()
-def mean_loss(model, data, batch_tokens, tokenizer, autocast):
+def mean_loss(model, data, batch_tokens):
     """Cross-entropy per target token, without label smoothing."""
-    device, rng, total, count = next(model.parameters()).device, random.Random(0), 0.0, 0
+    device = next(model.parameters()).device
+    rng = random.Random(0)
+    total, count = 0.0, 0
     for group in batches(data.lengths, batch_tokens, rng):
-        batch = tensors([data.pair(i, rng) for i in group], tokenizer.pad_token_id, device)
-        with autocast():
-            loss = model(**batch).loss.item()
+        pairs = [data.pair(i, rng) for i in group]
+        batch = tensors(pairs, model.config.pad_token_id, device)
         tokens = (batch["labels"] != -100).sum().item()
-        total, count = total + loss * tokens, count + tokens
+        total += model(**batch).loss.item() * tokens
+        count += tokens
     return total / count
 
 
-def report(arguments, model, tokenizer):
-    """Print the model's loss, and ROUGE of it and of two baselines, for each "source" that the
-    pairs name."""
-    records = [record for record in read_lines(arguments.evaluate, "document", "summary")
-               if not arguments.longer_than
-               or len(tokenizer.encode(record["document"])) > arguments.longer_than]
-    data = Pairs(records, tokenizer, arguments.max_source_length, arguments.max_target_length)
-    texts = {"model": summarize(model, tokenizer, data, num_beams=arguments.num_beams)}
-    texts["first sentence"] = [first_sentence(record["document"]) for record in records]
-    if arguments.train:
-        common = Counter(record["summary"] for record in read_lines(arguments.train, "summary"))
-        texts["most frequent"] = [common.most_common(1)[0][0]] * len(records)
-    loss = mean_loss(model, data, 16384, tokenizer, contextlib.nullcontext)
-    print(f"cross-entropy per token of the {len(records)} references: {loss:.3f}")
-    sources = [record.get("source", "all") for record in records]
+def summarize(model, tokenizer, data, options, batch_tokens=16384):
+    """The model's summaries of Pairs, in their order."""
+    max_length = model.config.max_length or options.max_target_length
+    max_length = min(max_length, model.config.max_position_embeddings)
+    device = next(model.parameters()).device
+    lengths = [len(source) for source in data.sources]
+    summaries = [""] * len(lengths)
+    for group in batches(lengths, batch_tokens, random.Random(0)):
+        pairs = [data.pair(i, None) for i in group]
+        batch = tensors(pairs, tokenizer.pad_token_id, device)
+        ids = model.generate(batch["input_ids"], batch["attention_mask"], max_length=max_length,
+                             num_beams=options.num_beams, num_return_sequences=1)
+        for i, row in zip(group, ids):
+            summaries[i] = tokenizer.decode(row)
+    return summaries
+
+
+def validate(model, tokenizer, data, options):
+    """ROUGE-L on Pairs, as a score, and a text with the other measures."""
+    loss = mean_loss(model, data, options.batch_tokens)
+    summaries = summarize(model, tokenizer, data, options)
+    one, two, longest = mean_rouge(summaries, data.summaries)
+    return longest, (f"validation loss {loss:.3f}  ROUGE-1 {one:.3f}  ROUGE-2 {two:.3f}  "
+                     f"ROUGE-L {longest:.3f}\n    for example {summaries[0]!r}")
+
+
+def report(model, tokenizer, options):
+    """Print loss and ROUGE of a model and of a baseline, for each "source" that the pairs name."""
+    records = [record for record in read_lines(options.evaluate, "document", "summary")
+               if not options.longer_than
+               or len(tokenizer.encode(record["document"])) > options.longer_than]
+    if not records:
+        raise ValueError(f"{options.evaluate}: no document is longer than {options.longer_than} "
+                         "tokens; lower --longer-than")
+    data = Pairs(records, tokenizer, options.max_source_length, options.max_target_length)
+    loss = mean_loss(model, data, options.batch_tokens)
+    print(f"cross-entropy per token of the {len(records)} summaries: {loss:.3f}", flush=True)
+    written = summarize(model, tokenizer, data, options)
+    firsts = [first_sentence(record["document"]) for record in records]
+    sources = [str(record.get("source", "all")) for record in records]
     for source in sorted(set(sources)):
-        print(f"{source}: {sources.count(source)} documents   ROUGE-1  ROUGE-2  ROUGE-L")
-        for name, candidates in texts.items():
-            chosen = [i for i, s in enumerate(sources) if s == source]
-            scores = mean_rouge([candidates[i] for i in chosen],
-                                [data.summaries[i] for i in chosen])
+        chosen = [i for i, name in enumerate(sources) if name == source]
+        references = [data.summaries[i] for i in chosen]
+        print(f"{source}: {len(chosen)} documents   ROUGE-1  ROUGE-2  ROUGE-L")
+        for name, texts in (("model", written), ("first sentence", firsts)):
+            scores = mean_rouge([texts[i] for i in chosen], references)
             print(f"  {name:24}" + "".join(f"{score:9.3f}" for score in scores))
-    for i in random.Random(arguments.seed).sample(range(len(records)), arguments.examples):
-        record = records[i]
-        print(f"\n{record.get('name', i)}\n  document   {record['document'][:300]!r}\n"
-              f"  reference  {record['summary']}\n  model      {texts['model'][i]}")
+    count = min(options.examples, len(records))
+    for i in random.Random(options.seed).sample(range(len(records)), count):
+        print(f"\n{records[i].get('name', i)}\n  document   {records[i]['document'][:300]!r}\n"
+              f"  reference  {data.summaries[i]}\n  model      {written[i]}")
 
 
 # ------------------------------------------------------------------------------------------------
 # Training
 
 
-def start_model(arguments):
-    """The model to train, and its tokenizer."""
-    overrides = {}
-    for setting in arguments.set:
-        key, _, value = setting.partition("=")
+def say(text):
+    """Print a line of progress, once for all processes."""
+    if RANK == 0:
+        notice(text)
+
+
+def cross_entropy(model, batch, label_smoothing):
+    """The loss of a batch, summed over its target tokens."""
+    logits = model(**batch).logits
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum",
+                           label_smoothing=label_smoothing)
+
+
+def autocast(model, options):
+    device = next(model.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16, options.precision == "bfloat16")
+
+
+class WithLoss(nn.Module):
+    """A model and its loss as one module: DistributedDataParallel wraps modules."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch):
+        return self.loss(self.model, batch)
+
+
+def distribute(module):
+    """Let the gradients of a module be averaged over all processes."""
+    if PROCESSES == 1:
+        return module
+    dist.init_process_group(timeout=timedelta(days=1))  # as long as an evaluation may take
+    config = module.model.config
+    skips_layers = config.encoder_layerdrop > 0 or config.decoder_layerdrop > 0
+    return DistributedDataParallel(module, gradient_as_bucket_view=True,
+                                   find_unused_parameters=skips_layers)
+
+
+def update(module, optimizer, step, batches, options):
+    """Update the weights once; returns this process's part of the mean loss per target token.
+
+    batches: of `tensors`, one for each forward pass. The mean is over those of all processes.
+    """
+    tokens = sum((batch["labels"] != -100).sum() for batch in batches)
+    if PROCESSES > 1:
+        dist.all_reduce(tokens)
+    mean = 0
+    for batch in batches:
+        more = PROCESSES > 1 and batch is not batches[-1]
+        with module.no_sync() if more else contextlib.nullcontext():
+            with autocast(module, options):
+                loss = module(batch) / tokens
+            (loss * PROCESSES).backward()  # DistributedDataParallel divides by their number
+        mean += loss.detach()
+
+    warmup = max(1, round(options.warmup * options.steps))
+    group = optimizer.param_groups[0]
+    group["lr"] = options.learning_rate * min(step / warmup, 1 - (step - 1) / options.steps)
+    norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
+    if not norm.isfinite():
+        raise ValueError(f"step {step}: the gradients are not finite; use a lower --learning-rate")
+    optimizer.step()
+    optimizer.zero_grad()
+    return mean
+
+
+def evaluate_and_save(model, tokenizer, evaluate, progress, options):
+    """Evaluate a model, and save it if it is the best of its run so far."""
+    step = score = progress["step"]
+    if evaluate:
+        model.eval()
+        with autocast(model, options):
+            score, text = evaluate(model)
+        model.train()
+        say(f"step {step}: {text}")
+    if not score < progress["best_score"]:  # NaN is not, so that save_model refuses such a model
+        save_model(model, tokenizer, options.output)
+        progress.update(best_step=step, best_score=score)
+
+
+def train(options, checkpoint, model, tokenizer, data, loss, evaluate=None):
+    """Train a model, and save the best one in options.output.
+
+    options: those of training_parser.
+    checkpoint: the path that output_folder yields.
+    data: examples, such as Pairs: `lengths` in tokens, and `pair(i, rng)`.
+    loss: loss(model, batch) returns the loss of a batch, summed over its target tokens.
+    evaluate: evaluate(model) returns a score, the higher, the better, and a text to print.
+        Without it, the last model is the best.
+    Raises ValueError if the checkpoint is from another run, or if the model diverges.
+    """
+    description = describe_run(options, model, PROCESSES)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), fused=True,
+                                  weight_decay=options.weight_decay)
+    progress = {"step": 0, "best_step": 0, "best_score": -math.inf}
+    if checkpoint.exists() and not options.start_over:
+        progress = load_checkpoint(checkpoint, description, model, optimizer)
+        say(f"resuming after step {progress['step']} of {options.steps}")
+    elif RANK == 0:  # before any work, so that a full disk is noticed now
+        save_checkpoint(checkpoint, description, progress, model, optimizer)
+    module = distribute(WithLoss(model, loss))
+    stream = training_batches(data, progress["step"], model, options, RANK, PROCESSES)
+    saved = time.monotonic()
+    total, seconds, steps = 0, 0, 0  # loss, time and number of the steps since the last line
+    model.train()
+    for step in range(progress["step"] + 1, options.steps + 1):
+        began = time.monotonic()
+        batches = next(stream)
+        total += update(module, optimizer, step, batches, options)
+        seconds += time.monotonic() - began
+        steps += 1
+        progress["step"] = step
+
+        if step % 20 == 0 or step in (1, options.steps):
+            if PROCESSES > 1:
+                dist.all_reduce(total)
+            say(f"step {step}/{options.steps}  loss {total / steps:.3f}  "
+                f"{seconds / steps:.2f} s per step")
+            total, seconds, steps = 0, 0, 0
+        evaluated = step % options.evaluate_every == 0 or step == options.steps
+        if evaluated and RANK == 0:
+            evaluate_and_save(model, tokenizer, evaluate, progress, options)
+        if RANK == 0 and (evaluated or time.monotonic() - saved > CHECKPOINT_SECONDS):
+            save_checkpoint(checkpoint, description, progress, model, optimizer)
+            saved = time.monotonic()
+        if evaluated and PROCESSES > 1:
+            dist.barrier()  # the others wait for the first one
+    say(f"The best model, that of step {progress['best_step']}, is in {options.output}. "
+        "checkpoint.pt there serves only to resume this run; you may delete it.")
+    if PROCESSES > 1:
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------
+# Interrupted runs: what is saved of a run, and what keeps two runs apart
+
+
+@contextlib.contextmanager
+def output_folder(options, rank):
+    """Make options.output and keep other runs out of it; yields the path of the checkpoint.
+
+    Raises ValueError if another run uses the folder, or if its model is not from a run.
+    """
+    if not options.output:
+        raise ValueError("--output is missing: name a folder for the model")
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoint.pt"
+    with open(folder / "train.lock", "a") as lock:
         try:
-            overrides[key] = json.loads(value)
-        except ValueError:
-            overrides[key] = value
-    if not arguments.new:
-        return load_model(arguments.model, architecture="ForConditionalGeneration", **overrides)
-    tokenizer = BarthezTokenizer(arguments.tokenizer)
-    config = BarthezConfig.from_dict(
-        read_json(Path(arguments.new)) | {"vocab_size": len(tokenizer)} | overrides)
-    tokenizer.model_max_length = config.max_position_embeddings
-    torch.manual_seed(arguments.seed)
-    model = BarthezForConditionalGeneration(config)
-    init_weights(model, config.init_std)
-    init_to_copy(model, config.init_std)
+            if fcntl and rank == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        except BlockingIOError:
+            raise ValueError(f"another run is using {folder}: choose another --output") from None
+        except OSError:  # some network drives have no locks
+            pass
+        if (folder / "config.json").exists() and not checkpoint.exists() and not options.start_over:
+            raise ValueError(f"{folder} has a model, but no checkpoint.pt to resume from: {REMEDY}")
+        yield checkpoint
+
+
+def describe_run(options, model, processes):
+    """All that decides the result of a run: options, number of processes, digests of the inputs."""
+    run = vars(options) | {"processes": processes}
+    for name in ("output", "start_over", "revision", "gradient_checkpointing"):
+        del run[name]  # these do not
+    for name in ("train", "validation", "tokenizer"):
+        if run.get(name):
+            run[name] = digest([Path(run[name]).read_bytes()])
+    weights = [p.detach().cpu().flatten().view(torch.uint8).numpy() for p in model.parameters()]
+    run["model"] = digest([repr(model.config).encode(), *weights])
+    return run
+
+
+def digest(contents):
+    sha = hashlib.sha256()
+    for content in contents:
+        sha.update(content)
+    return sha.hexdigest()[:12]
+
+
+def save_checkpoint(path, run, progress, model, optimizer):
+    """Write the state of a run. `progress` is a dict of numbers that load_checkpoint returns."""
+    state = {"run": run, "progress": progress, "model": model.state_dict(),
+             "optimizer": optimizer.state_dict()}
+    with replacing(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # torch's error for a full disk
+            raise OSError(f"{path} cannot be written; is the disk full? ({error})") from None
+
+
+def load_checkpoint(path, run, model, optimizer):
+    """Restore model and optimizer from a checkpoint of the same run; returns its progress.
+
+    Raises ValueError if the file is damaged, or if it is from another run: it names the options
+    that differ.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("wrong checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before, progress = state["run"], state["progress"]
+        changes = [f"{name} was {before.get(name)} and is now {value}"
+                   for name, value in run.items() if before.get(name) != value]
+    except Exception:  # zipfile and torch raise many types for a damaged file
+        raise ValueError(f"{path} is damaged or is not from this program: {REMEDY}") from None
+    if changes:
+        raise ValueError(f"{path} is from another run ({'; '.join(changes)}): use the same "
+                         f"options, {REMEDY}")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return progress
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+
+
+def number(kind, least, most=10 ** 9):
+    """An argparse type: a number, int or float, from `least` to `most`."""
+    def convert(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} to {most}")
+        return value
+    convert.__name__ = kind.__name__  # argparse says "invalid int value"
+    return convert
+
+
+def training_parser(description, usage):
+    """A parser with the options that fine-tuning shares with the scripts in tiny/."""
+    parser = argparse.ArgumentParser(description=description, usage=usage)
+    add = parser.add_argument
+    add("--model", metavar="NAME", required=True, help="folder or Hub id")
+    add("--revision", help="branch, tag, commit or refs/pr/N on the Hub")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="override keys of config.json, such as dropout=0.2")
+    add("--validation", metavar="FILE", help="JSON lines that decide which model is the best")
+    add("--output", metavar="FOLDER", help="where the best model is saved")
+    add("--start-over", action="store_true", help="replace the model and the run in that folder")
+    add("--steps", type=number(int, 1), default=3000, help="updates of the weights")
+    add("--batch-tokens", type=number(int, 1), default=8192, help="per forward pass, padded")
+    add("--accumulate", type=number(int, 1, 10_000), default=1, help="forward passes per step")
+    add("--max-source-length", type=number(int, 3), metavar="N",
+        help="in tokens (default: the model's positions)")
+    add("--learning-rate", type=number(float, 0), default=5e-5)
+    add("--warmup", type=number(float, 0, 1), default=0.1, metavar="SHARE",
+        help="the share of the steps in which the learning rate rises")
+    add("--weight-decay", type=number(float, 0), default=0.01)
+    add("--gradient-checkpointing", action="store_true", help="less memory, slower")
+    add("--precision", choices=["bfloat16", "float32"], help="of matrix products in training "
+        "(default: bfloat16 where the processor computes it, otherwise float32)")
+    add("--evaluate-every", type=number(int, 1), default=500, metavar="STEPS")
+    add("--evaluate-on", type=number(int, 1), default=200, metavar="N", help="validation examples")
+    add("--seed", type=number(int, 0), default=1)
+    return parser
+
+
+def parse_arguments():
+    parser = training_parser(
+        "Fine-tune BARThez on pairs of document and summary, or measure a model with ROUGE.",
+        "train.py --model NAME (--train FILE --output FOLDER | --evaluate FILE) [options]")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--train", metavar="FILE", help="fine-tune on these pairs")
+    task.add_argument("--evaluate", metavar="FILE", help="print ROUGE on these pairs")
+    add = parser.add_argument
+    add("--longer-than", type=number(int, 0), default=0, metavar="N",
+        help="with --evaluate: only documents of more than N tokens")
+    add("--examples", type=number(int, 0), default=0, metavar="N",
+        help="with --evaluate: print N summaries too")
+    add("--max-target-length", type=number(int, 3), default=128, metavar="N", help="in tokens")
+    add("--num-beams", type=number(int, 1, 1000), default=4, help="for the summaries")
+    add("--label-smoothing", type=number(float, 0, 1), default=0.1)
+    add("--only-global-embeddings", action="store_true",
+        help="train only the global tokens: cheap adaptation to LSG")
+    options = parser.parse_args()
+    for name in ("output", "validation") if options.evaluate else ("longer_than", "examples"):
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect here; leave it out")
+    return options
+
+
+def choose_device():
+    """The GPU that torchrun means for this process, or the CPU."""
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= gpus:
+        raise ValueError(f"there are more processes than GPUs: use --nproc-per-node {gpus}")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def prepare(model, options):
+    """Fill in the options that depend on the model and the processor, and check the lengths."""
+    positions = model.config.max_position_embeddings
+    options.max_source_length = options.max_source_length or positions
+    for name in ("max_source_length", "max_target_length"):
+        length = getattr(options, name, 0)
+        if length > positions:
+            raise ValueError(f"--{name.replace('_', '-')} {length}: the model has {positions} "
+                             f"positions; --set max_position_embeddings={length} adds more")
+    if options.precision is None:
+        fast = (torch.cuda.is_bf16_supported(including_emulation=False)
+                if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported())
+        options.precision = "bfloat16" if fast else "float32"
+    for stack in (model.model.encoder, model.model.decoder):
+        stack.gradient_checkpointing = options.gradient_checkpointing
+
+
+def load(options):
+    """The model that --model and --set name, on this process's device, and its tokenizer."""
+    model, tokenizer = load_model(options.model, architecture="ForConditionalGeneration",
+                                  revision=options.revision, device=choose_device(),
+                                  **parse_settings(options.set))
+    prepare(model, options)
     return model, tokenizer
 
 
-@torch.no_grad()
-def init_to_copy(model, std):
-    """Fresh weights from which a few million tokens teach a model to copy what it reads.
-
-    A decoder that attends to a token at once finds it likely, since value and output projection
-    undo each other: A. Trockman and J. Z. Kolter, "Mimetic Initialization of Self-Attention
-    Layers" (2023), arXiv:2305.09828. Positions are waves, so that all of them mean something from
-    the first step on, and half as loud as the tokens.
-    """
-    size = model.config.d_model
-    model.model.shared.weight *= 2
-    for stack in (model.model.encoder, model.model.decoder):
-        place = torch.arange(len(stack.embed_positions.weight))[:, None]
-        angle = place / 10_000 ** (torch.arange(0, size, 2) / size)
-        stack.embed_positions.weight[:] = 2 ** 0.5 * std * torch.cat([angle.sin(), angle.cos()], 1)
-    for layer in model.model.decoder.layers:
-        rotation = 3 ** 0.5 * nn.init.orthogonal_(torch.empty(size, size))
-        layer.encoder_attn.v_proj.weight[:] = rotation
-        layer.encoder_attn.out_proj.weight[:] = rotation.T
-
-
-def loss_with_rouge(arguments, model, tokenizer, batch, autocast):
-    """The cross-entropy of the labels, and arguments.expected_rouge for each point of ROUGE that
-    the model's own texts are expected to lack, summed over the documents."""
-    beams, pad, labels = arguments.num_beams, tokenizer.pad_token_id, batch["labels"]
-    model.eval()
-    with autocast():
-        written = model.generate(batch["input_ids"], batch["attention_mask"], num_beams=beams,
-                                 num_return_sequences=beams,
-                                 max_length=arguments.max_target_length)[:, 1:]
-    model.train()
-    references = [tokenizer.decode(ids) for ids in labels.masked_fill(labels == -100, pad)]
-    lacking = [100 - 100 * sum(rouge(tokenizer.decode(ids), references[i // beams])) / 3
-               for i, ids in enumerate(written)]
-
-    with autocast():
-        states, mask = model.model.encoder(batch["input_ids"], batch["attention_mask"])
-        document = model.model.decoder.read(states)
-
-        def losses(labels, copies):
-            """Cross-entropy, (B * copies, T), 0 behind a text's end."""
-            read = [[x.repeat_interleave(copies, 0) for x in layer] for layer in document]
-            hidden = model.model.decoder(shift_right(labels, pad), read,
-                                         mask.repeat_interleave(copies, 0))
-            return F.cross_entropy(model.logits(hidden).mT, labels, reduction="none")
-
-        surprise = losses(written.masked_fill(written == pad, -100), beams).sum(1)
-        surprise = surprise / (written != pad).sum(1)  # per token, as beam search compares
-        likelihood = (-2 * surprise.view(-1, beams)).softmax(1)
-        expected = (likelihood * likelihood.new_tensor(lacking).view_as(likelihood)).sum()
-        return arguments.expected_rouge * expected + losses(labels, 1).sum()
-
-
-def train(arguments, model, tokenizer, rank, world):
-    if arguments.pretrain:
-        kind = GapSentences if arguments.gap_sentences else Infilling
-        keys, last = ["document"], arguments.masked
-    else:
-        kind, keys, last = Pairs, ["document", "summary"], arguments.max_target_length
-    sizes = tokenizer, arguments.max_source_length, last
-    data = kind(read_lines(arguments.pretrain or arguments.train, *keys), *sizes)
-    held_out = None
-    if arguments.validation:
-        records = read_lines(arguments.validation, *keys)
-        few = random.Random(0).sample(records, min(arguments.evaluate_on, len(records)))
-        held_out = kind(few, *sizes)
-    device = next(model.parameters()).device
-    model.model.encoder.gradient_checkpointing = arguments.gradient_checkpointing
-    model.model.decoder.gradient_checkpointing = arguments.gradient_checkpointing
-    if arguments.only_global_embeddings:
-        model.requires_grad_(False)
-        model.model.encoder.global_embeddings.requires_grad_(True)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, arguments.learning_rate, betas=(0.9, 0.98),
-                                  weight_decay=arguments.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / arguments.warmup, 1 - step / arguments.steps))
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, arguments.precision == "bfloat16")
-
-    # Everything that the run's future depends on; dropout and noise follow from seed and step.
-    state = {"step": 0, "epoch": 0, "position": 0, "best": -math.inf}
-    output = Path(arguments.output)
-    saved = output / "checkpoint.pt"
-    if saved.exists():
-        checkpoint = torch.load(saved, map_location=device, weights_only=True)
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        schedule.load_state_dict(checkpoint["schedule"])
-        state = checkpoint["state"]
-        say(rank, f"going on from step {state['step']} of {arguments.steps}")
-
-    def groups():  # without end; an epoch's last few that do not make a whole update are left out
-        while True:
-            epoch = batches(data.lengths, arguments.batch_tokens,
-                            random.Random(f"{arguments.seed} {state['epoch']}"))
-            size = arguments.accumulate * world
-            if len(epoch) < size:
-                raise ValueError(f"{len(epoch)} batches are too few for {size} an update: "
-                                 "lower --batch-tokens or --accumulate")
-            while state["position"] + size <= len(epoch):
-                state["position"] += size
-                yield epoch[state["position"] - size + rank:state["position"]:world]
-            state["epoch"], state["position"] = state["epoch"] + 1, 0
-
-    model.train()
-    began, tokens_seen, running = time.time(), 0, None
-    for update in groups():
-        if state["step"] == arguments.steps:
-            break
-        step = state["step"]
-        torch.manual_seed(hash((arguments.seed, step, rank)))
-        rng = random.Random(f"{arguments.seed} {step} {rank}")
-        micro_batches = [tensors([data.pair(i, rng) for i in group], tokenizer.pad_token_id, device)
-                         for group in update]
-        count = torch.stack([(b["labels"] != -100).sum() for b in micro_batches]).sum()
-        if world > 1:
-            dist.all_reduce(count)
-        total = torch.zeros((), device=device)
-        for batch in micro_batches:
-            labels = batch["labels"]
-            if arguments.expected_rouge:
-                loss = loss_with_rouge(arguments, model, tokenizer, batch, autocast) / count
-            else:
-                with autocast():
-                    logits = model(**batch).logits
-                    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum",
-                                           label_smoothing=arguments.label_smoothing) / count
-            loss.backward()
-            total += loss.detach()
-            tokens_seen += batch["input_ids"].numel() + labels.numel()
-        if world > 1:  # one exchange for everything: one for each takes many times as long
-            sums = [total, *(p.grad for p in weights)]
-            vector = nn.utils.parameters_to_vector(sums)
-            dist.all_reduce(vector)
-            nn.utils.vector_to_parameters(vector, sums)
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        state["step"] += 1
-
-        running = total if running is None else running.lerp(total, 0.02)
-        if state["step"] % 20 == 0:
-            rate = world * tokens_seen / (time.time() - began)
-            say(rank, f"step {state['step']}/{arguments.steps}  epoch {state['epoch']}  "
-                f"loss {running:.3f}  {rate:,.0f} tokens/s", progress=state["step"] % 20)
-        if state["step"] % arguments.evaluate_every == 0 or state["step"] == arguments.steps:
-            if rank == 0:
-                score = evaluate(arguments, model, tokenizer, held_out, autocast, state["step"])
-                if score >= state["best"]:
-                    state["best"] = score
-                    save_model(model, tokenizer, output)
-                checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                              "schedule": schedule.state_dict(), "state": state}
-                torch.save(checkpoint, f"{saved}.incomplete")
-                os.replace(f"{saved}.incomplete", saved)
-            if world > 1:
-                dist.barrier()
-
-
-def evaluate(arguments, model, tokenizer, held_out, autocast, step):
-    """A score for the model as it is, the higher the better; without held-out pairs, the step."""
-    if not held_out:
-        return step
-    model.eval()
-    loss = mean_loss(model, held_out, arguments.batch_tokens, tokenizer, autocast)
-    line, score = f"step {step}: validation loss {loss:.3f}", -loss
-    if not arguments.pretrain:
-        with autocast():
-            candidates = summarize(model, tokenizer, held_out, num_beams=arguments.num_beams)
-        scores = mean_rouge(candidates, held_out.summaries)
-        line += "  ROUGE-1 {:.3f}  ROUGE-2 {:.3f}  ROUGE-L {:.3f}".format(*scores)
-        line += f"\n    {candidates[0]!r}\n    {candidates[1]!r}"
-        score = scores[2]
-    say(0, line)
-    model.train()
-    return score
-
-
-def say(rank, line, progress=False):
-    """A line for the first process; one that is only progress is overwritten by the next."""
-    if rank == 0 and (not progress or sys.stderr.isatty()):
-        print(f"\r{line:<72}", end="" if progress else "\n", file=sys.stderr, flush=True)
-
-
 def main():
-    arguments = parse_arguments()
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0),
-                                                                            ("WORLD_SIZE", 1)))
-    cuda = torch.cuda.is_available()
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
-    if bool(arguments.model) == bool(arguments.new):
-        raise ValueError("give either --model, or --new with --tokenizer")
-    if not (arguments.evaluate or arguments.output and (arguments.train or arguments.pretrain)):
-        raise ValueError("give --evaluate, or --output with --train or --pretrain")
-    model, tokenizer = start_model(arguments)
-    model.to(device)
-    arguments.max_source_length = arguments.max_source_length or tokenizer.model_max_length
-    if arguments.precision is None:
-        fast = torch.cuda.is_bf16_supported() if cuda else torch.backends.mkldnn.is_available()
-        arguments.precision = "bfloat16" if fast else "float32"
-    if arguments.evaluate:
-        report(arguments, model, tokenizer)
-    else:
-        train(arguments, model, tokenizer, rank, world)
+    keep_freed_memory()
+    options = parse_arguments()
+    if options.evaluate:
+        if RANK == 0:
+            report(*load(options), options)
+        return
+    with output_folder(options, RANK) as checkpoint:
+        model, tokenizer = load(options)
+        if options.only_global_embeddings:
+            if not model.config.lsg:
+                raise ValueError("--only-global-embeddings: the model has none, due to lsg=false")
+            model.requires_grad_(False)
+            model.model.encoder.global_embeddings.requires_grad_(True)
+        data, evaluate = training_pairs(options, model, tokenizer)
+        loss = partial(cross_entropy, label_smoothing=options.label_smoothing)
+        train(options, checkpoint, model, tokenizer, data, loss, evaluate)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -1,4 +1,4 @@
-"""What several test files need."""
+"""Fixtures and helpers that several test files use."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from hypothesis import settings
 
 GOLDENS = Path(__file__).parent / "goldens"
 
-torch.set_num_threads(1)  # small models gain nothing from more, and lose much on a busy machine
+torch.set_num_threads(1)  # more threads slow small models down on a busy machine
 settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("deterministic")
 sys.dont_write_bytecode = True
@@ -18,13 +18,13 @@ sys.dont_write_bytecode = True
 
 @pytest.fixture(autouse=True)
 def same_start():
-    """Each test draws the same random numbers, whatever ran before it."""
+    """Seed each test, so that its random numbers do not depend on the tests before it."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """No test asks the real Hub, nor reads the user's cache."""
+    """Keep tests away from the real Hub and from the user's cache."""
     for name in [name for name in os.environ if name.startswith("HF_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HF_HUB_CACHE", "/nonexistent/hub")
@@ -32,7 +32,7 @@ def no_network(monkeypatch):
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-    """Equal but for rounding; a failure tells the largest difference."""
+    """Check that two tensors are equal up to rounding. A failure prints the largest difference."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
     difference = (actual - expected).abs().max().item() if actual.numel() else 0.0
     assert difference <= tolerance, f"largest difference {difference:.2e} > {tolerance:.0e}"

@@ -1,22 +1,29 @@
-"""The model: its configuration, its names, and each of its parts against the formula itself."""
+"""The model: its configuration, its names, and each of its parts against the formula.
+
+Letters used for shapes:
+    B batch    H heads    D head dimension    E d_model
+    T tokens of the sequence that attends     S tokens of the encoded document, globals included
+"""
 
 import math
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
 
 import barthez
-from barthez import (BarthezConfig, BarthezForCausalLM, BarthezForConditionalGeneration,
+from barthez import (Attention, BarthezConfig, BarthezForCausalLM, BarthezForConditionalGeneration,
                      BarthezForQuestionAnswering, BarthezForSequenceClassification, BarthezModel,
-                     Linear, init_weights, shift_right)
+                     init_weights, shift_right)
 from conftest import GOLDENS, assert_close
-from load_weights import read_tensors
+from load_weights import GLOBALS, read_tensors
+from lsg import full_attention
 
 SIZES = dict(vocab_size=19, d_model=12, encoder_layers=2, decoder_layers=3,
              encoder_attention_heads=3, decoder_attention_heads=2, encoder_ffn_dim=10,
              decoder_ffn_dim=14, max_position_embeddings=60, block_size=4, sparse_block_size=4,
              dropout=0.0)
-TYPES = "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none"
+SELECTIONS = "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none"
 BARTHEZ = dict(vocab_size=50002, d_model=768, encoder_layers=6, decoder_layers=6,
                encoder_attention_heads=12, decoder_attention_heads=12, encoder_ffn_dim=3072,
                decoder_ffn_dim=3072)
@@ -26,7 +33,7 @@ def model_of(kind=BarthezForConditionalGeneration, **changes):
     torch.manual_seed(1)
     model = kind(BarthezConfig(**SIZES | changes)).eval()
     init_weights(model, std=0.4)
-    for name, tensor in model.state_dict().items():  # no bias and no norm may be a mere 0 or 1
+    for name, tensor in model.state_dict().items():  # biases that are not 0, norms that are not 1
         if name.endswith("bias") or "norm" in name:
             tensor += 0.3 * torch.randn(tensor.shape)
     return model
@@ -38,6 +45,14 @@ def text_of(length, seed=5):
     return ids
 
 
+def padded(*lengths):
+    """Texts of these lengths in one batch, and their mask."""
+    ids = torch.full((len(lengths), max(lengths)), 1)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = text_of(length, seed=row)
+    return ids, ids != 1
+
+
 def largest_difference(a, b):
     return (a - b).abs().max().item()
 
@@ -46,7 +61,7 @@ def largest_difference(a, b):
 # Configuration
 
 
-def test_config_ignores_what_it_does_not_know():
+def test_unknown_keys_of_the_config_are_ignored():
     config = BarthezConfig.from_dict(SIZES | {"transformers_version": "4.36.2", "use_cache": True})
     assert config == BarthezConfig(**SIZES)
 
@@ -55,7 +70,7 @@ def test_config_ignores_what_it_does_not_know():
     ("hidden_size", "d_model", 24), ("num_attention_heads", "encoder_attention_heads", 4),
     ("attention_probs_dropout_prob", "attention_dropout", 0.25),
     ("lsg_num_pre_rounds", "lsh_num_pre_rounds", 3)])
-def test_config_knows_the_cards_names(alias, name, value):
+def test_the_names_on_the_model_card_are_accepted(alias, name, value):
     assert getattr(BarthezConfig.from_dict(SIZES | {alias: value}), name) == value
 
 
@@ -95,17 +110,33 @@ def test_a_missing_size_is_an_error_that_names_it(missing):
     ("encoder_attention_heads", 5), ("decoder_attention_heads", 0), ("num_beams", 0),
     ("min_length", -1), ("no_repeat_ngram_size", -2), ("max_length", 1),
     ("early_stopping", "always"), ("sparsity_type", "random"), ("block_size", 0),
-    ("sparse_block_size", -4), ("sparsity_factor", 3), ("lsh_num_pre_rounds", -1)])
+    ("sparse_block_size", -4), ("sparsity_factor", 3), ("lsh_num_pre_rounds", -1),
+    ("d_model", 12.0), ("d_model", "12"), ("num_beams", True), ("adaptive", "yes"),
+    ("dropout", 1.5), ("init_std", math.nan), ("eos_token_id", 19), ("pad_token_id", -1),
+    ("num_return_sequences", 2), ("problem_type", "ranking"), ("vocab_size", 10**12)])
 def test_an_impossible_value_is_an_error_that_names_it(name, value):
     with pytest.raises(ValueError) as error:
         BarthezConfig(**SIZES | {name: value})
     assert str(value) in str(error.value)
-    assert name.removeprefix("encoder_attention_").removeprefix("decoder_attention_") in str(
-        error.value)
+    if not name.endswith("_heads"):
+        assert name in str(error.value)
 
 
-def test_dense_has_no_use_for_lsg_values():
-    assert BarthezConfig(**SIZES | {"lsg": False, "num_global_tokens": 0, "block_size": 0})
+def test_lsg_options_need_not_fit_together_for_full_attention():
+    assert BarthezConfig(**SIZES | {"lsg": False, "block_size": 7, "sparsity_factor": 3})
+
+
+def test_null_in_config_json_is_the_default():
+    names = "dropout", "num_beams", "id2label", "block_size", "sparsity_type", "max_length"
+    config = BarthezConfig.from_dict(SIZES | dict.fromkeys(names))
+    assert (config.dropout, config.num_beams, config.num_labels) == (0.1, 1, 2)
+    assert config.block_size == 128
+    assert config.sparsity_type is None and config.max_length is None  # null is a value of these
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        BarthezConfig(**SIZES).num_beams = 3
 
 
 # ------------------------------------------------------------------------------------------------
@@ -133,17 +164,16 @@ def head_names(*layers):
 
 
 LM_HEAD = {"final_logits_bias", "lm_head.weight"}
-GLOBALS = "model.encoder.global_embeddings.weight"
 
 
-def test_names_equal_the_published():
+def test_names_are_those_of_published_checkpoints():
     dense, lsg = model_of(lsg=False), model_of()
     assert dense.state_dict().keys() == published_names(dense.config)
     assert lsg.state_dict().keys() == published_names(lsg.config) | {GLOBALS}
     assert lsg.state_dict()[GLOBALS].shape == (512, 12)
 
 
-def test_names_equal_those_that_transformers_wrote():
+def test_names_are_those_that_transformers_writes():
     written = read_tensors(GOLDENS / "plain" / "model.safetensors").keys()
     names = published_names(BarthezConfig(**SIZES))
     assert written == names - {"lm_head.weight", "model.encoder.embed_tokens.weight",
@@ -168,7 +198,7 @@ def test_names_of_the_decoder_alone():
 
 
 def test_barthez_has_139_221_504_parameters(monkeypatch):
-    for layer in torch.nn.Linear, torch.nn.Embedding:  # drawing them would only take time
+    for layer in torch.nn.Linear, torch.nn.Embedding:  # initialization takes a second
         monkeypatch.setattr(layer, "reset_parameters", lambda layer: None)
     with torch.device("meta"):
         model = BarthezForConditionalGeneration(BarthezConfig(**BARTHEZ, lsg=False))
@@ -184,33 +214,38 @@ def test_embeddings_are_tied_and_can_be_untied():
         assert (model.lm_head.weight is shared) == (model is tied)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 300, 7), (511, 7), (512, 7)])
-def test_a_linear_layer_is_linear_however_many_rows(shape, dtype, monkeypatch):
-    torch.manual_seed(0)
-    layer = Linear(7, 11).to(dtype)
-    x = torch.randn(*shape[:-1], 14, dtype=dtype)[..., ::2].requires_grad_()  # not contiguous
-    ways, convolution = [], torch.nn.functional.conv2d
-    monkeypatch.setattr(torch.nn.functional, "conv2d",
-                        lambda *inputs: ways.append("conv2d") or convolution(*inputs))
-    actual, expected = layer(x), torch.einsum("...i,oi->...o", x, layer.weight) + layer.bias
-    tolerance = 1e-5 if dtype != torch.bfloat16 else 2e-2
-    assert_close(actual, expected, tolerance)
-    if torch.backends.mkldnn.is_available():
-        assert ways == ["conv2d"] * (dtype == torch.float32 and x.numel() >= 512 * 7)
-    if dtype != torch.bfloat16:
-        seed = torch.randn_like(expected) / x[..., 0].numel()
-        for got, wanted in zip(*(torch.autograd.grad(y, (x, layer.weight, layer.bias), seed)
-                                 for y in (actual, expected))):
-            assert_close(got, wanted)
+# ------------------------------------------------------------------------------------------------
+# Attention
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_the_encoder_compiles_to_one_graph(training):
-    encoder = model_of(max_position_embeddings=600).train(training).model.encoder
-    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
-    ids = text_of(600)  # long enough for all the ways that it may take
-    assert_close(compiled(ids)[0], encoder(ids)[0])
+@pytest.mark.parametrize("S", [4, 9])
+def test_attention_is_four_projections_around_its_function(S):
+    attention = Attention(15, 3, dropout=0.0)
+    x, source = torch.randn(2, 4, 15), torch.randn(2, S, 15)
+    visible = torch.rand(2, 1, 4, S) < 0.7
+    actual = attention(x, *attention.keys_values(source), visible)
+
+    def heads(states, layer):
+        projected = states @ layer.weight.T + layer.bias  # (B, length, E)
+        return projected.view(2, -1, 3, 5).permute(0, 2, 1, 3)  # (B, H, length, D)
+
+    context = full_attention(heads(x, attention.q_proj), heads(source, attention.k_proj),
+                             heads(source, attention.v_proj), visible)  # (B, H, T, D)
+    joined = context.permute(0, 2, 1, 3).reshape(2, 4, 15)
+    assert_close(actual, joined @ attention.out_proj.weight.T + attention.out_proj.bias)
+
+
+def test_attention_drops_weights_only_in_training():
+    calls = []
+
+    def attend(query, key, value, visible, dropout_p):
+        calls.append(dropout_p)
+        return full_attention(query, key, value, visible, dropout_p)
+
+    attention, x = Attention(12, 3, dropout=0.25, attend=attend), torch.randn(2, 4, 12)
+    for training in True, False:
+        attention.train(training)(x, *attention.keys_values(x), None)
+    assert calls == [0.25, 0.0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -218,7 +253,7 @@ def test_the_encoder_compiles_to_one_graph(training):
 
 
 def oracle(model, ids, mask, decoder_ids):
-    """Encoder states and logits of one text (length), computed without a module's forward."""
+    """Encoder states and logits of one text: ids and mask (T,), decoder_ids. Uses no module."""
     p, config = dict(model.state_dict()), model.config
 
     def linear(x, name):
@@ -228,21 +263,23 @@ def oracle(model, ids, mask, decoder_ids):
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
         return x * p[name + ".weight"] + p[name + ".bias"]
 
-    def attend(x, source, name, heads, seen):
-        contexts, width = [], config.d_model // heads
-        for h in range(heads):
-            q, k, v = (linear(t, f"{name}.{kind}_proj")[:, h * width:(h + 1) * width]
-                       for t, kind in ((x, "q"), (source, "k"), (source, "v")))
-            scores = (q @ k.T / math.sqrt(width)).masked_fill(~seen, -math.inf)
-            contexts.append(scores.softmax(-1) @ v)
-        return linear(torch.cat(contexts, -1), f"{name}.out_proj")
+    def attend(x, source, name, num_heads, visible):
+        queries = linear(x, f"{name}.q_proj").chunk(num_heads, dim=1)
+        keys = linear(source, f"{name}.k_proj").chunk(num_heads, dim=1)
+        values = linear(source, f"{name}.v_proj").chunk(num_heads, dim=1)
+        contexts = []
+        for query, key, value in zip(queries, keys, values):
+            scores = query @ key.T / math.sqrt(config.d_model // num_heads)
+            contexts.append(scores.masked_fill(~visible, -math.inf).softmax(-1) @ value)
+        return linear(torch.cat(contexts, dim=1), f"{name}.out_proj")
 
-    def layer(x, name, heads, seen, document=None, document_seen=None):
+    def layer(x, name, num_heads, visible, document=None, document_visible=None):
         normed = norm(x, f"{name}.self_attn_layer_norm")
-        x = x + attend(normed, normed, f"{name}.self_attn", heads, seen)
+        x = x + attend(normed, normed, f"{name}.self_attn", num_heads, visible)
         if document is not None:
             normed = norm(x, f"{name}.encoder_attn_layer_norm")
-            x = x + attend(normed, document, f"{name}.encoder_attn", heads, document_seen)
+            context = attend(normed, document, f"{name}.encoder_attn", num_heads, document_visible)
+            x = x + context
         hidden = linear(norm(x, f"{name}.final_layer_norm"), f"{name}.fc1")
         hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2  # gelu
         return x + linear(hidden, f"{name}.fc2")
@@ -252,27 +289,27 @@ def oracle(model, ids, mask, decoder_ids):
         return (p["model.shared.weight"][ids] * scale
                 + p[f"model.{stack}.embed_positions.weight"][2:2 + len(ids)])
 
-    x, seen = embed(ids, "encoder"), mask.bool()
+    x, visible = embed(ids, "encoder"), mask.bool()
     if config.lsg:
         G = config.num_global_tokens
         x = torch.cat([p[GLOBALS][:G], x])
-        seen = torch.cat([torch.ones(G).bool(), seen])
+        visible = torch.cat([torch.ones(G).bool(), visible])
     x = norm(x, "model.encoder.layernorm_embedding")
     for i in range(config.encoder_layers):
-        x = layer(x, f"model.encoder.layers.{i}", config.encoder_attention_heads, seen[None])
+        x = layer(x, f"model.encoder.layers.{i}", config.encoder_attention_heads, visible)
     states = norm(x, "model.encoder.layer_norm")
 
     x = norm(embed(decoder_ids, "decoder"), "model.decoder.layernorm_embedding")
     for i in range(config.decoder_layers):
         x = layer(x, f"model.decoder.layers.{i}", config.decoder_attention_heads,
-                  torch.ones(len(x), len(x)).tril().bool(), states, seen[None])
+                  torch.ones(len(x), len(x)).tril().bool(), states, visible)
     x = norm(x, "model.decoder.layer_norm")
     return states, x @ p["lm_head.weight"].T + p["final_logits_bias"]
 
 
 @pytest.mark.parametrize("changes, length", [
     ({"lsg": False}, 23), ({"lsg": False, "scale_embedding": True}, 23),
-    ({"num_global_tokens": 1}, 8), ({"num_global_tokens": 5}, 7),  # 2 * block_size at most: full
+    ({"num_global_tokens": 1}, 8), ({"num_global_tokens": 5}, 7),  # up to two blocks: full
     ({"num_global_tokens": 3, "scale_embedding": True}, 6),
     ({"num_global_tokens": 2, "tie_word_embeddings": False}, 8)])
 @torch.no_grad()
@@ -288,7 +325,7 @@ def test_the_model_equals_its_formula(changes, length):
 
 
 @pytest.mark.parametrize("name", barthez.ACTIVATIONS)
-def test_activations_have_the_values_of_their_names(name):
+def test_activations_are_their_formulas(name):
     x = torch.tensor([-2.0, -0.5, 0.0, 1.5])
     logistic = 1 / (1 + (-x).exp())
     tanh_gelu = x / 2 * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)).tanh())
@@ -301,7 +338,7 @@ def test_activations_have_the_values_of_their_names(name):
 
 
 @torch.no_grad()
-def test_lsg_is_dense_once_the_window_covers_the_text():
+def test_lsg_equals_the_formula_if_the_window_covers_the_text():
     ids, target = text_of(29), text_of(6, seed=9)
     wide, narrow = model_of(block_size=32, sparse_block_size=32), model_of()
     expected, _ = oracle(wide, ids[0], torch.ones(29), target[0])
@@ -315,17 +352,15 @@ def test_lsg_is_dense_once_the_window_covers_the_text():
 
 
 @pytest.mark.parametrize("cut", [False, True])
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", SELECTIONS)
 @torch.no_grad()
 def test_a_padded_row_equals_the_row_alone(kind, cut):
     model = model_of(sparsity_type=kind, num_global_tokens=3,
                      pass_global_tokens_to_decoder=not cut)
     lengths, target = (37, 22, 5), text_of(6, seed=9)
-    ids = torch.full((3, 37), 1)
-    for row, length in enumerate(lengths):
-        ids[row, :length] = text_of(length, seed=row)
+    ids, mask = padded(*lengths)
     torch.manual_seed(4)  # lsh draws the same directions for a batch as for a single text
-    out = model(ids, ids != 1, decoder_input_ids=target.expand(3, -1))
+    out = model(ids, mask, decoder_input_ids=target.expand(3, -1))
     for row, length in enumerate(lengths):
         torch.manual_seed(4)
         alone = model(ids[row:row + 1, :length], decoder_input_ids=target)
@@ -339,21 +374,26 @@ def test_a_padded_row_equals_the_row_alone(kind, cut):
     (BarthezForQuestionAnswering, "start_logits"), (BarthezForQuestionAnswering, "end_logits")])
 @torch.no_grad()
 def test_a_padded_row_equals_the_row_alone_for_each_head(kind, output):
-    model, ids = model_of(kind), torch.full((2, 21), 1)
-    ids[0], ids[1, :13] = text_of(21), text_of(13)
-    together = getattr(model(ids, ids != 1), output)
+    model, (ids, mask) = model_of(kind), padded(21, 13)
+    together = getattr(model(ids, mask), output)
     alone = getattr(model(ids[1:, :13]), output)
     rows = together[1] if output == "logits" else together[1, :13]
     assert_close(rows, alone[0])
 
 
-def test_a_boolean_mask_says_what_numbers_say():
-    model, ids = model_of(), text_of(21)
-    mask = torch.ones_like(ids)
-    mask[0, 15:] = 0
+def test_a_mask_may_have_any_type():
+    model, (ids, mask) = model_of(), padded(21, 13)
     expected = model(ids, mask).logits
-    for other in mask.bool(), mask.float():
-        assert torch.equal(model(ids, other).logits, expected)
+    for dtype in torch.int64, torch.float32:
+        assert torch.equal(model(ids, mask.to(dtype)).logits, expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lsg": False}])
+def test_a_mask_that_is_added_to_scores_is_refused(changes):
+    ids, mask = padded(21, 13)
+    additive = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+    with pytest.raises(ValueError, match="attention_mask must be True or 1"):
+        model_of(**changes)(ids, additive)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -363,7 +403,7 @@ def test_a_boolean_mask_says_what_numbers_say():
 @pytest.mark.parametrize("length", [7, 30])  # full attention, and blocks
 @pytest.mark.parametrize("passed", [True, False])
 @torch.no_grad()
-def test_a_masked_first_token_is_seen_by_nobody(length, passed):
+def test_a_masked_first_token_is_never_seen(length, passed):
     options = dict(mask_first_token=True, num_global_tokens=2, pass_global_tokens_to_decoder=passed)
     model, target = model_of(**options), text_of(6, seed=9)
     ids = text_of(length)
@@ -374,12 +414,13 @@ def test_a_masked_first_token_is_seen_by_nobody(length, passed):
         assert_close(a.logits, b.logits)
         keep = [i for i in range(length + 2) if i != 2]
         assert_close(a.encoder_last_hidden_state[:, keep], b.encoder_last_hidden_state[:, keep])
-    else:  # the first global stands in its place, which the decoder does not look at either
+    else:  # the first global token replaces it, and is masked in the decoder as well
         assert_close(a.encoder_last_hidden_state, b.encoder_last_hidden_state)
         assert_close(a.logits, b.logits)
-    seen = model_of(**options | {"mask_first_token": False})
-    assert largest_difference(*(seen(x, decoder_input_ids=target).encoder_last_hidden_state[:, 3:]
-                                for x in (ids, other))) > 1e-3
+    model = model_of(**options | {"mask_first_token": False})
+    a, b = (model(x, decoder_input_ids=target) for x in (ids, other))
+    difference = largest_difference(a.encoder_last_hidden_state, b.encoder_last_hidden_state)
+    assert difference > 1e-3, "without the option, it is seen"
 
 
 @pytest.mark.parametrize("passed", [True, False])
@@ -392,7 +433,7 @@ def test_the_decoder_does_not_see_a_masked_first_token(passed):
     assert states.shape == (1, 9 + 2 * passed, 12)
 
 
-def test_masks_of_the_caller_are_left_alone():
+def test_the_mask_of_the_caller_does_not_change():
     mask = torch.ones(1, 30).long()
     model_of(mask_first_token=True)(text_of(30), mask)
     assert mask.all()
@@ -400,7 +441,7 @@ def test_masks_of_the_caller_are_left_alone():
 
 @pytest.mark.parametrize("length", [7, 30])
 @torch.no_grad()
-def test_globals_are_passed_pooled_or_cut(length):
+def test_global_tokens_are_passed_pooled_or_dropped(length):
     ids, G = text_of(length), 3
     options = dict(num_global_tokens=G)
     passed, mask = model_of(**options).model.encoder(ids)
@@ -414,13 +455,13 @@ def test_globals_are_passed_pooled_or_cut(length):
 
 
 @torch.no_grad()
-def test_pooling_does_not_matter_where_globals_are_passed():
+def test_pool_with_global_has_no_effect_if_globals_are_passed():
     a, b = (model_of(pool_with_global=pool)(text_of(30)).logits for pool in (True, False))
     assert torch.equal(a, b)
 
 
 @torch.no_grad()
-def test_embeddings_are_scaled_but_globals_and_positions_are_not():
+def test_scaling_concerns_only_token_embeddings():
     scaled, by_hand = model_of(scale_embedding=True), model_of()
     by_hand.model.shared.weight *= math.sqrt(12)
     ids = text_of(30)
@@ -432,31 +473,32 @@ def test_embeddings_are_scaled_but_globals_and_positions_are_not():
 # Losses and decoder inputs
 
 
-def test_shift_right_wraps_the_last_token_round():
+def test_shift_right_moves_the_last_token_to_the_front():
     assert shift_right(torch.tensor([[5, 6, 2, 1], [5, 6, 7, 2], [8, 2, -100, -100]]), 1).tolist() \
         == [[2, 5, 6, 2], [2, 5, 6, 7], [2, 8, 2, 1]]
 
 
 @torch.no_grad()
-def test_labels_give_the_mean_log_probability_of_what_counts():
+def test_the_loss_is_the_mean_over_the_labels_that_count():
     model, ids = model_of(), text_of(20).expand(2, -1)
     labels = torch.tensor([[7, 9, 4, 2], [8, 2, -100, -100]])
     out = model(ids, labels=labels)
     assert_close(out.logits, model(ids, decoder_input_ids=shift_right(labels, 1)).logits)
     logs = out.logits.log_softmax(-1)
-    losses = [-logs[row, place, token] for row, tokens in enumerate(labels.tolist())
-              for place, token in enumerate(tokens) if token != -100]
+    losses = [-logs[row, i, labels[row, i]] for row in range(2) for i in range(4)
+              if labels[row, i] != -100]
+    assert len(losses) == 6
     assert_close(out.loss, sum(losses) / 6)
 
 
-def test_labels_are_left_alone():
+def test_the_labels_of_the_caller_do_not_change():
     labels = torch.tensor([[8, 2, -100, -100]])
     model_of()(text_of(20), labels=labels)
     assert labels.tolist() == [[8, 2, -100, -100]]
 
 
 @torch.no_grad()
-def test_a_class_is_read_where_the_last_end_stands():
+def test_classification_reads_the_state_of_the_last_end():
     model = model_of(BarthezForSequenceClassification, id2label={0: "a", 1: "b", 2: "c"})
     ids = torch.tensor([[0, 5, 2, 2, 7, 9, 2, 1, 1], [0, 8, 6, 4, 5, 7, 9, 9, 2]])
     out = model(ids, ids != 1)
@@ -472,7 +514,7 @@ def test_a_text_without_end_cannot_be_classified():
 
 
 @torch.no_grad()
-def test_the_decoder_alone_does_not_see_ahead():
+def test_the_decoder_does_not_see_ahead():
     model, ids = model_of(BarthezForCausalLM), text_of(20)
     other = ids.clone()
     other[0, 12] = 4 + (ids[0, 12] - 3) % 15
@@ -482,18 +524,19 @@ def test_the_decoder_alone_does_not_see_ahead():
     mask = torch.ones_like(ids)
     assert_close(model(ids, mask).logits, a)
     mask[0, 12] = 0
-    assert_close(*(model(x, mask).logits[:, 13:] for x in (ids, other)))
+    a, b = model(ids, mask).logits, model(other, mask).logits
+    assert_close(a[:, 13:], b[:, 13:])
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 def test_a_text_beyond_the_positions_is_an_error_that_names_the_remedy(stack):
     model = model_of()
-    assert getattr(model.model, stack)(text_of(60)) is not None
+    getattr(model.model, stack)(text_of(60))
     with pytest.raises(ValueError, match="61 tokens.*60 positions.*max_position_embeddings"):
         getattr(model.model, stack)(text_of(61))
 
 
-def test_length_that_is_no_multiple_of_a_block_is_an_error_if_not_adaptive():
+def test_without_adaptive_the_text_must_be_whole_blocks():
     assert model_of(adaptive=False)(text_of(32)).logits.isfinite().all()
     with pytest.raises(ValueError, match="30 tokens.*block_size=4.*adaptive=True"):
         model_of(adaptive=False)(text_of(30))
@@ -509,8 +552,8 @@ def trained(**changes):
 
 @pytest.mark.parametrize("length", [7, 30])
 @torch.no_grad()
-def test_dropout_is_applied_to_embeddings_and_to_what_each_part_adds(length):
-    """Where all is dropped, each residual stream stays 0, and the last norm leaves its bias."""
+def test_dropout_is_applied_to_embeddings_and_sublayers(length):
+    """If all is dropped, the residual stream is 0 and the final norm returns its bias."""
     model, ids = trained(dropout=1.0), text_of(length)
     states, _ = model.model.encoder(ids)
     assert_close(states, model.model.encoder.layer_norm.bias.expand_as(states))
@@ -521,7 +564,7 @@ def test_dropout_is_applied_to_embeddings_and_to_what_each_part_adds(length):
 @pytest.mark.parametrize("length", [7, 30])
 @torch.no_grad()
 def test_attention_dropout_is_applied_in_all_attentions(length):
-    """Where all is dropped, an attention adds its output bias alone."""
+    """If all weights are dropped, an attention returns its output bias."""
     model, ids, target = trained(attention_dropout=1.0), text_of(length), text_of(6)
     actual = model(ids, decoder_input_ids=target)
     for name, parameter in model.named_parameters():
@@ -559,7 +602,7 @@ def test_classifier_dropout_is_applied_before_both_layers():
 
 @pytest.mark.parametrize("name", ["dropout", "attention_dropout", "activation_dropout"])
 @torch.no_grad()
-def test_half_a_dropout_scales_what_is_left_and_eval_drops_nothing(name):
+def test_dropout_is_off_in_evaluation_and_random_in_training(name):
     ids, target = text_of(30), text_of(6)
     plain = model_of()(ids, decoder_input_ids=target).logits
     model = model_of(**{name: 0.5})
@@ -580,7 +623,7 @@ def test_layerdrop_skips_layers_in_training_only(stack):
 
 
 @torch.no_grad()
-def test_layerdrop_skips_each_layer_by_itself():
+def test_layerdrop_decides_for_each_layer_separately():
     model, ids = trained(encoder_layerdrop=0.5, encoder_layers=3), text_of(9)
     states = {tuple(model.model.encoder(ids)[0][0, 0].tolist()) for _ in range(60)}
     assert len(states) == 8  # 2 ** 3 choices
@@ -589,10 +632,10 @@ def test_layerdrop_skips_each_layer_by_itself():
 @pytest.mark.parametrize("kind", ["norm", "lsh"])
 def test_gradient_checkpointing_gives_the_same_gradients(kind):
     gradients, runs = [], []
-    for saving in False, True:
+    for checkpointing in False, True:
         model = trained(sparsity_type=kind, dropout=0.2, attention_dropout=0.2)
-        model.model.encoder.gradient_checkpointing = saving
-        model.model.decoder.gradient_checkpointing = saving
+        model.model.encoder.gradient_checkpointing = checkpointing
+        model.model.decoder.gradient_checkpointing = checkpointing
         count = []
         for layer in [*model.model.encoder.layers, *model.model.decoder.layers]:
             layer.fc1.register_forward_hook(lambda *args: count.append(args[0]))
@@ -600,7 +643,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
         model(text_of(30), labels=text_of(6, seed=9)).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
         runs.append(len(count))
-    assert runs == [5, 10]  # each layer runs a second time on the way back
+    assert runs == [5, 10]  # each layer runs again in the backward pass
     for name, gradient in gradients[0].items():
         assert_close(gradients[1][name], gradient, 1e-6)
 
@@ -608,12 +651,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
 @pytest.mark.parametrize("kind, labels", [
     (BarthezForConditionalGeneration, text_of(6, seed=9)),
     (BarthezForSequenceClassification, torch.tensor([1]))])
-def test_every_parameter_learns(kind, labels):
+def test_every_parameter_has_a_gradient(kind, labels):
     model = trained(kind=kind, num_global_tokens=2)
     model(text_of(30), labels=labels).loss.backward()
     for name, parameter in model.named_parameters():
-        bias_of_keys = name.endswith("k_proj.bias")  # softmax does not feel it
-        assert bias_of_keys or parameter.grad.abs().max() > 1e-6, name
+        is_key_bias = name.endswith("k_proj.bias")  # it does not change the softmax
+        assert is_key_bias or parameter.grad.abs().max() > 1e-6, name
 
 
 def test_gradients_equal_finite_differences():

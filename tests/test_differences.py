@@ -1,7 +1,7 @@
-"""What DIFFERENCES.md says of our side, shown on small texts and models.
+"""Each difference that docs/differences.md lists, shown on small texts and models.
 
-The original is not needed: where its own numbers matter they are those of goldens/. Differences
-that another file of tests shows anyway are not shown again; the page names the test.
+The original is not needed. Its numbers, where they matter, are those of goldens/. Some differences
+are shown by another file of tests; the page then names that file.
 """
 
 import ast
@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-import barthez
+import beam_search
 import load_weights
+from barthez import BarthezConfig, build_model, load_model
 from conftest import GOLDENS, assert_close
-from load_weights import (GLOBALS, POSITIONS, build_model, convert_to_lsg, load_model,
-                          read_checkpoint)
-from lsg import lsg_attention
+from load_weights import GLOBALS, POSITIONS, convert_to_lsg, read_checkpoint
+from lsg import full_attention, lsg_attention
 
 ROOT = Path(__file__).parent.parent
 SELECTIONS = "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling"
 EOS, PAD = 2, 1
 every_selection = pytest.mark.parametrize("kind", SELECTIONS)
-new_head = pytest.mark.filterwarnings("ignore:classification_head is not in the checkpoint")
+new_head = pytest.mark.filterwarnings("ignore:the checkpoint has no classification_head")
 
 
 def model(architecture=None, lsg=True, dtype=None, **changes):
@@ -37,7 +37,7 @@ def model(architecture=None, lsg=True, dtype=None, **changes):
 
 
 def classifier():
-    """With a head whose logits are far apart."""
+    """A model with a head whose logits are far apart."""
     classifier = model("ForSequenceClassification", num_labels=3)
     torch.nn.init.normal_(classifier.classification_head["dense"].weight)
     torch.nn.init.normal_(classifier.classification_head["out_proj"].weight)
@@ -52,8 +52,8 @@ def text(length):
 
 def padded(ids, length):
     """The ids with padding up to `length`, and their mask."""
-    mask = torch.ones_like(ids)
-    return (F.pad(x, (0, length - ids.shape[1]), value=fill) for x, fill in ((ids, PAD), (mask, 0)))
+    padding = 0, length - ids.shape[1]
+    return F.pad(ids, padding, value=PAD), F.pad(torch.ones_like(ids), padding)
 
 
 def golden(name):
@@ -62,7 +62,7 @@ def golden(name):
 
 
 def weights(query, key, **options):
-    """With the identity for values, attention returns its weights (H, T, T)."""
+    """The weights of attention (H, T, T). With the identity as values, it returns them."""
     H, T = query.shape[1:3]
     return lsg_attention(query, key, torch.eye(T).expand(1, H, T, T), **options)[0]
 
@@ -72,24 +72,26 @@ def weights(query, key, **options):
 
 
 def test_the_page_and_the_tests_name_each_other():
-    page = (ROOT / "DIFFERENCES.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(?:test_\w+\.py::)?(test_\w+)`", page))
     tests = {file.name: set(re.findall(r"^def (test_\w+)", file.read_text("utf-8"), re.M))
              for file in Path(__file__).parent.glob("test_*.py")}
-    assert named <= set().union(*tests.values())
-    assert tests["test_differences.py"] - {"test_the_page_and_the_tests_name_each_other"} <= named
+    missing = named - set().union(*tests.values())
+    assert not missing, "the page names tests that do not exist"
+    unnamed = tests["test_differences.py"] - named
+    assert unnamed == {"test_the_page_and_the_tests_name_each_other"}
 
 
 # ------------------------------------------------------------------------------------------------
-# Which sparse keys are seen
+# Sparse keys
 
 
 @pytest.mark.parametrize("block_size, sparse_block_size, factor", [
-    (8, 8, 2), (8, 16, 4),  # here the original is right
-    (8, 6, 1), (8, 3, 2),  # … sees no sparse key on the right
-    (8, 5, 1), (8, 4, 1), (8, 2, 2), (64, 16, 2),  # … none at all, or local keys twice
-    (8, 8, 8), (8, 3, 8),  # … two local keys twice
-    (12, 12, 4), (9, 9, 1)])  # … fails
+    (8, 8, 2), (8, 16, 4),  # the original is right
+    (8, 6, 1), (8, 3, 2),  # it sees no sparse key on the right
+    (8, 5, 1), (8, 4, 1), (8, 2, 2), (64, 16, 2),  # it sees none at all, or local keys twice
+    (8, 8, 8), (8, 3, 8),  # it sees two local keys twice
+    (12, 12, 4), (9, 9, 1)])  # it fails
 def test_sparse_keys_lie_just_outside_the_local_window(block_size, sparse_block_size, factor):
     length = 10 * block_size
     query, key = torch.randn(2, 1, 1, 1 + length, 16)
@@ -100,7 +102,7 @@ def test_sparse_keys_lie_just_outside_the_local_window(block_size, sparse_block_
         local = range(max(first - block_size, 0), min(first + 2 * block_size, length))
         before = [t for t in kept if t < local.start][-sparse_block_size:]
         after = [t for t in kept if t >= local.stop][:sparse_block_size]
-        seen = [0] + [1 + t for t in (*before, *local, *after)]
+        seen = [0] + [1 + t for t in before + list(local) + after]
         rows = slice(1 + first, 1 + first + block_size)
         expected = torch.zeros(block_size, 1 + length)
         expected[:, seen] = (query[0, 0, rows] @ key[0, 0, seen].T / 4).softmax(-1)
@@ -109,7 +111,7 @@ def test_sparse_keys_lie_just_outside_the_local_window(block_size, sparse_block_
 
 @every_selection
 @pytest.mark.parametrize("sparse_block_size, factor", [(8, 8), (4, 1), (2, 2)])
-def test_a_short_text_in_a_long_batch_equals_itself_alone(kind, sparse_block_size, factor):
+def test_a_short_text_in_a_long_batch_equals_the_text_alone(kind, sparse_block_size, factor):
     encoder = model(sparsity_type=kind, sparse_block_size=sparse_block_size,
                     sparsity_factor=factor).model.encoder
     ids = text(12)
@@ -119,9 +121,9 @@ def test_a_short_text_in_a_long_batch_equals_itself_alone(kind, sparse_block_siz
 
 
 @pytest.mark.parametrize("more", [3, 11, 19])
-def test_padding_stays_unseen_by_bos_pooling(more):
+def test_bos_pooling_does_not_see_padding(more):
     encoder = model(sparsity_type="bos_pooling").model.encoder
-    ids = text(77)  # itself three tokens short of ten blocks
+    ids = text(77)  # three tokens short of ten blocks
     alone, _ = encoder(ids)
     batch, _ = encoder(*padded(ids, 77 + more))
     assert_close(batch[:, :78], alone)
@@ -129,29 +131,29 @@ def test_padding_stays_unseen_by_bos_pooling(more):
 
 @pytest.mark.parametrize("block_size, sparse_block_size, factor", [
     (8, 4, 4), (8, 8, 8), (8, 16, 8), (32, 8, 8)])
-def test_lsh_with_one_key_a_chunk_is_bos_pooling(block_size, sparse_block_size, factor):
+def test_lsh_with_one_key_per_chunk_is_bos_pooling(block_size, sparse_block_size, factor):
     query, key, value = torch.randn(3, 2, 3, 1 + 5 * block_size, 6)
-    lsh, bos_pooling = (lsg_attention(
-        query, key, value, sparsity_type=kind, block_size=block_size,
-        sparse_block_size=sparse_block_size, sparsity_factor=factor)
-        for kind in ("lsh", "bos_pooling"))
+    options = {"block_size": block_size, "sparse_block_size": sparse_block_size,
+               "sparsity_factor": factor}
+    lsh, bos_pooling = (lsg_attention(query, key, value, sparsity_type=kind, **options)
+                        for kind in ("lsh", "bos_pooling"))
     assert torch.equal(lsh, bos_pooling)
 
 
 @pytest.mark.parametrize("chunk, filled", [(6, 2), (8, 4)])  # of 3 and of 4 buckets
-def test_of_an_odd_number_of_lsh_buckets_one_stays_empty(chunk, filled):
+def test_lsh_fills_an_even_number_of_buckets(chunk, filled):
     most = 0
     for _ in range(20):  # draws
         query, key = torch.randn(2, 1, 1, 1 + 5 * chunk, 16)
         row = weights(query, key, block_size=chunk, sparse_block_size=chunk, sparsity_factor=2,
                       sparsity_type="lsh", lsh_num_pre_rounds=0)[0, 1]
-        shares = row[1 + 2 * chunk:1 + 3 * chunk]  # of a chunk beyond the local window
-        most = max(most, len({round(share, 6) for share in shares.tolist()}))
-    assert most == filled  # tokens of one bucket have the same share
+        of_chunk = row[1 + 2 * chunk:1 + 3 * chunk].tolist()  # a chunk outside the local keys
+        most = max(most, len({round(weight, 6) for weight in of_chunk}))
+    assert most == filled  # the tokens of one bucket have the same weight
 
 
 @pytest.mark.parametrize("kind, seen", [("stride", "xx.." * 2), ("block_stride", "xxxx....")])
-def test_strides_of_more_runs_than_heads_leave_some_tokens_out(kind, seen):
+def test_strides_never_choose_some_tokens_if_heads_are_few(kind, seen):
     query, key = torch.randn(2, 1, 2, 1 + 40, 16)  # two heads, a factor of four
     by_any = (weights(query, key, sparsity_type=kind, block_size=8, sparse_block_size=8,
                       sparsity_factor=4) > 0).any(0)
@@ -164,7 +166,7 @@ def test_strides_of_more_runs_than_heads_leave_some_tokens_out(kind, seen):
 # mask_first_token
 
 
-def test_mask_first_token_leaves_the_callers_mask_alone():
+def test_mask_first_token_does_not_change_the_mask_of_the_caller():
     ids, ones = text(77), torch.ones(1, 77, dtype=torch.long)
     mask = ones.clone()
     model(mask_first_token=True)(ids, mask)
@@ -175,7 +177,7 @@ def test_mask_first_token_leaves_the_callers_mask_alone():
 def test_mask_first_token_needs_no_mask():
     ids, labels = golden("inputs/one_77/input_ids"), golden("inputs/one_77/labels")
     out = model(mask_first_token=True)(ids, labels=labels)
-    # as the original has it where it is given a mask of ones, and has not where it is given none
+    # The original agrees if it is given a mask of ones, but not without a mask.
     assert_close(out.encoder_last_hidden_state, golden("mask_first/encoder_last_hidden_state"))
     cases = json.loads((GOLDENS / "lsg.json").read_text())["cases"]
     losses = {case["name"]: case["loss"] for case in cases}
@@ -185,20 +187,21 @@ def test_mask_first_token_needs_no_mask():
 
 def test_mask_first_token_implies_pool_with_global():
     ids, cut = text(77), {"mask_first_token": True, "pass_global_tokens_to_decoder": False}
-    pooled, not_pooled = (model(pool_with_global=pool, **cut).model.encoder(ids)[0]
-                          for pool in (True, False))
-    whole, _ = model(mask_first_token=True).model.encoder(ids)  # the global comes first
+    pooled, _ = model(pool_with_global=True, **cut).model.encoder(ids)
+    not_pooled, _ = model(pool_with_global=False, **cut).model.encoder(ids)
+    whole, _ = model(mask_first_token=True).model.encoder(ids)  # the global token comes first
     assert torch.equal(pooled, not_pooled)
     assert_close(pooled, torch.cat([whole[:, :1], whole[:, 2:]], dim=1))
 
 
-def test_a_global_in_the_place_of_a_hidden_token_is_hidden_too():
+def test_a_global_token_that_replaces_a_masked_token_is_masked():
     whole = model(mask_first_token=True, pass_global_tokens_to_decoder=False).model
-    states, mask = whole.encoder(text(77))
+    states, visible = whole.encoder(text(77))
     changed = states.clone()
     changed[:, 0] += 5
     ids = text(6)
-    before, after = (whole.decoder(ids, whole.decoder.read(x), mask) for x in (states, changed))
+    before, after = (whole.decoder(ids, whole.decoder.cross_kv(x), visible)
+                     for x in (states, changed))
     assert torch.equal(before, after)
 
 
@@ -214,20 +217,24 @@ def test_a_text_may_fill_all_positions():
 
 
 def test_a_text_beyond_the_positions_is_an_error_that_names_them():
-    with pytest.raises(ValueError, match="78 tokens, but the model knows 77 positions"):
+    with pytest.raises(ValueError, match="78 tokens, but the model has 77 positions"):
         model(max_position_embeddings=77)(text(78))
 
 
-def test_conversion_changes_positions_and_globals_only():
+def test_conversion_changes_only_positions_and_globals():
     settings, tensors, tokenizer = read_checkpoint(GOLDENS / "plain")
-    before = dict(tensors)
-    convert_to_lsg(settings, tensors, tokenizer, 1500)
-    assert tensors.keys() == before.keys() | {GLOBALS}
-    for name in before.keys() - set(POSITIONS):
-        assert torch.equal(tensors[name], before[name]), name
+    before = dict(settings), dict(tensors)
+    new_settings, new_tensors = convert_to_lsg(settings, tensors, tokenizer, 1500)
+    assert settings == before[0] and tensors.keys() == before[1].keys()
+    assert new_settings == settings | {"max_position_embeddings": 1500}
+    assert new_tensors.keys() == tensors.keys() | {GLOBALS}
+    for name, tensor in before[1].items():
+        assert tensors[name] is tensor, "the argument has changed"
+        if name not in POSITIONS:
+            assert torch.equal(new_tensors[name], tensor), name
 
 
-def test_the_converters_seed_decides_what_it_draws(tmp_path, monkeypatch):
+def test_the_seed_of_the_converter_determines_its_draws(tmp_path, monkeypatch):
     globals_of = {}
     for name, seed in ("first", 5), ("again", 5), ("other", 6):
         monkeypatch.setattr(sys, "argv", [
@@ -260,7 +267,7 @@ def test_overrides_are_checked(override, named):
         model(**override)
 
 
-def test_the_names_on_the_model_card_are_understood():
+def test_the_names_on_the_model_card_are_accepted():
     config = model(attention_probs_dropout_prob=0.25, lsg_num_pre_rounds=3).config
     assert config.attention_dropout == 0.25 and config.lsh_num_pre_rounds == 3
 
@@ -268,12 +275,12 @@ def test_the_names_on_the_model_card_are_understood():
 @pytest.mark.parametrize("option", [
     "head_mask", "inputs_embeds", "output_attentions", "output_hidden_states", "encoder_outputs",
     "decoder_attention_mask", "return_dict"])
-def test_what_is_not_offered_is_refused(option):
+def test_options_that_are_not_included_are_refused(option):
     with pytest.raises(TypeError, match=option):
         model()(text(9), **{option: None})
 
 
-def test_the_encoder_alone_returns_its_states_and_their_mask():
+def test_the_encoder_returns_states_and_mask():
     states, mask = model(num_global_tokens=3).model.encoder(*padded(text(20), 29))
     assert states.shape == (1, 3 + 29, 24)
     assert mask.tolist() == [[True] * 23 + [False] * 9]
@@ -316,19 +323,19 @@ def test_the_causal_loss_is_not_shifted():
 
 @new_head
 @torch.no_grad()
-def test_texts_may_have_unequal_numbers_of_ends():
+def test_texts_with_different_numbers_of_ends_fit_in_one_batch():
     model, ids = classifier(), text(20).repeat(2, 1)
     ids[1, 7] = EOS
     together = model(ids)
     for row, logits, states in zip(ids, together.logits, together.last_hidden_state):
         assert_close(model(row[None]).logits[0], logits)
-        hidden = model.classification_head["dense"](states[-1]).tanh()  # the last end decides
+        hidden = model.classification_head["dense"](states[-1]).tanh()  # of the last </s>
         assert_close(model.classification_head["out_proj"](hidden), logits)
 
 
 @new_head
 @torch.no_grad()
-def test_each_batch_of_labels_decides_its_loss():
+def test_the_labels_of_each_batch_choose_its_loss():
     model, ids = classifier(), text(20)
     one, several = torch.tensor([2]), torch.tensor([[1.0, 0.0, 1.0]])
     logits = model(ids).logits
@@ -341,8 +348,17 @@ def test_each_batch_of_labels_decides_its_loss():
 # Numbers
 
 
+@pytest.mark.parametrize("num_queries", [1, 8, 9, 300])
+def test_a_query_without_visible_keys_gets_zeros(num_queries):
+    query, key, value = torch.randn(2, 3, num_queries, 5), *torch.randn(2, 2, 3, 10, 5)
+    visible = torch.ones(2, 1, num_queries, 10).bool()
+    visible[1, :, 0] = False
+    out = full_attention(query, key, value, visible)
+    assert not out[1, :, 0].any() and out[0].abs().amax(-1).min() > 0
+
+
 @torch.no_grad()
-def test_a_row_of_padding_alone_is_finite_and_harms_no_other():
+def test_a_row_of_padding_affects_no_other_row():
     ids, mask = text(20).repeat(2, 1), torch.ones(2, 20)
     mask[1] = 0
     for encoder in model(lsg=False).model.encoder, model().model.encoder:
@@ -352,19 +368,23 @@ def test_a_row_of_padding_alone_is_finite_and_harms_no_other():
 
 
 def test_beams_are_scored_in_single_precision(monkeypatch):
-    seen, constrain = [], barthez.constrain
-    monkeypatch.setattr(barthez, "constrain", lambda log_probs, *rest: (
-        seen.append(log_probs.dtype), constrain(log_probs, *rest))[1])
+    dtypes, forbid = [], beam_search.forbid
+
+    def recording(log_probs, *inputs):
+        dtypes.append(log_probs.dtype)
+        return forbid(log_probs, *inputs)
+
+    monkeypatch.setattr(beam_search, "forbid", recording)
     model(dtype=torch.bfloat16).generate(text(20), max_length=6)
-    assert seen and set(seen) == {torch.float32}
+    assert dtypes and set(dtypes) == {torch.float32}
 
 
 # ------------------------------------------------------------------------------------------------
 # Files
 
 
-def test_nothing_is_imported_but_torch_and_the_readers_of_files():
-    files = ("lsg", "barthez", "tokenizer", "load_weights")
+def test_three_packages_are_enough():
+    files = ("lsg", "barthez", "beam_search", "cpu", "tokenizer", "load_weights")
     imported = set()
     for name in files:
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))):
@@ -377,7 +397,7 @@ def test_nothing_is_imported_but_torch_and_the_readers_of_files():
 
 
 class Intruder:
-    """Pickled, it is a call that makes the file `path`."""
+    """Unpickling it calls Path.touch, which makes the file `path`."""
 
     def __init__(self, path):
         self.path = path
@@ -401,8 +421,9 @@ def test_weights_that_do_not_fit_are_an_error_that_names_them_all():
     tensors["model.encoder.layers.7.fc1.weight"] = tensors.pop("model.encoder.layers.1.fc1.weight")
     tensors["model.decoder.layer_norm.bias"] = torch.zeros(5)
     with pytest.raises(ValueError) as error:
-        build_model(settings, tensors, lsg=False)
+        build_model(BarthezConfig.from_dict(settings | {"lsg": False}), "ForConditionalGeneration",
+                    tensors)
     for fault in ("missing model.encoder.layers.1.fc1.weight",
                   "unexpected model.encoder.layers.7.fc1.weight",
-                  "model.decoder.layer_norm.bias has shape (5,) instead of (24,)"):
+                  "model.decoder.layer_norm.bias has shape (5,), not (24,)"):
         assert fault in str(error.value)

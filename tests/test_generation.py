@@ -1,19 +1,24 @@
-"""Generation: the original's ids to the token, and a beam search that anyone can check by eye."""
+"""Generation against the ids of the original, and against a beam search in plain lists.
 
+Letters used for shapes:
+    B batch    H heads    D head dimension    V vocabulary
+    L tokens written so far, the start token included
+"""
+
+import functools
 import json
 import math
-from functools import cache
+from dataclasses import replace
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from barthez import (BarthezConfig, BarthezForConditionalGeneration, Hypotheses, Linear, Past,
-                     init_weights, packed)
-from conftest import GOLDENS, assert_close
-from load_weights import load_model
+from barthez import BarthezConfig, BarthezForConditionalGeneration, init_weights, load_model
+from beam_search import Cache, Hypotheses
+from conftest import GOLDENS
 
 RECORDED = json.loads((GOLDENS / "generation.json").read_text())
 EOS, PAD, V = 2, 1, 17
@@ -22,7 +27,7 @@ EOS, PAD, V = 2, 1, 17
 # The original's ids
 
 
-@cache
+@functools.cache
 def golden_model(kind, config):
     options = {"max_position_embeddings": 2100} if kind == "lsg" else {}
     model, _ = load_model(GOLDENS / "plain", lsg=kind == "lsg", **options, **json.loads(config))
@@ -30,7 +35,7 @@ def golden_model(kind, config):
 
 
 def recorded(case):
-    """The model of a case, and what its `generate` was given."""
+    """The model of a case, the ids and the mask that `generate` was given."""
     model, bias = golden_model(case["model"], json.dumps(case["config"]))
     model.final_logits_bias = bias.clone()
     model.final_logits_bias[0, EOS] += case["eos_bias"]
@@ -51,74 +56,88 @@ def test_the_recorded_cases_are_all_there():
 
 
 # ------------------------------------------------------------------------------------------------
-# A search in plain lists, which has no cache and runs the whole model again at each step
+# A search in plain lists. It has no cache and runs the whole model again at each step.
 
 
 def next_log_probs(model, document, texts, config):
-    """For each of the texts (lists of ids), a list of the log-probabilities of what comes next."""
+    """For each of the texts (lists of ids), the log-probabilities (V) of the next token, a list."""
+    documents = torch.tensor([document] * len(texts))
     with torch.no_grad():
-        logits = model(torch.tensor([document] * len(texts)),
-                       decoder_input_ids=torch.tensor(texts)).logits
+        logits = model(documents, decoder_input_ids=torch.tensor(texts)).logits
     rows = logits[:, -1].log_softmax(-1).tolist()
     for text, row in zip(texts, rows):
-        n = config["no_repeat_ngram_size"]
-        for i in range(len(text) - n + 1 if n else 0):
-            if text[i:i + n - 1] == text[len(text) - n + 1:]:
-                row[text[i + n - 1]] = -math.inf
-        if len(text) < config["min_length"]:
-            row[EOS] = -math.inf
-        if len(text) == config["max_length"] - 1 and config["forced_eos_token_id"] is not None:
-            row[:] = [-math.inf] * V
-            row[config["forced_eos_token_id"]] = 0.0
+        forbid(text, row, config)
     return rows
 
 
-def greedy_search(model, document, config):
+def forbid(text, row, config):
+    """Set the log-probabilities of the tokens that may not follow the text to -inf."""
+    n = config["no_repeat_ngram_size"]
+    if n:
+        for i in range(len(text) - n + 1):
+            if text[i:i + n - 1] == text[len(text) - n + 1:]:
+                row[text[i + n - 1]] = -math.inf
+    if len(text) < config["min_length"]:
+        row[EOS] = -math.inf
+    forced = config["forced_eos_token_id"]
+    if len(text) == config["max_length"] - 1 and forced is not None:
+        row[:] = [-math.inf] * V
+        row[forced] = 0.0
+
+
+def plain_greedy_search(model, document, config):
+    """The text of a document, a list of ids."""
     text = [EOS]
-    while len(text) < config["max_length"] and text[1:][-1:] != [EOS]:
+    while len(text) < config["max_length"]:
         row, = next_log_probs(model, document, [text], config)
         text.append(row.index(max(row)))
+        if text[-1] == EOS:
+            break
     return text
 
 
-def beam_search(model, document, config):
-    count, penalty = config["num_beams"], config["length_penalty"]
-    beams, finished, done = [(0.0, [EOS])], [], False
+def plain_beam_search(model, document, config):
+    """The num_return_sequences best texts of a document, lists of ids."""
+    num_beams, penalty = config["num_beams"], config["length_penalty"]
+    beams = [(0.0, [EOS])]  # (sum of log-probabilities, text)
+    finished = []  # (score, text), the worst first
+    done = False
 
-    def finish(score, text):
-        finished.append((score / (len(text) - 1) ** penalty, text))
-        finished.sort(key=lambda hypothesis: hypothesis[0])
-        del finished[:-count]  # the worst goes
+    def finish(log_prob, text):
+        finished.append((log_prob / (len(text) - 1) ** penalty, text))
+        finished.sort(key=lambda scored: scored[0])
+        del finished[:-num_beams]
 
     while len(beams[0][1]) < config["max_length"] and not done:
-        texts = [text for _, text in beams]
-        rows = next_log_probs(model, document, texts, config)
-        candidates = sorted(((score + row[token], text, token)
-                             for (score, text), row in zip(beams, rows) for token in range(V)),
-                            key=lambda candidate: -candidate[0])[:2 * count]
-        beams = []
-        for rank, (score, text, token) in enumerate(candidates):
-            if token != EOS:
-                beams.append((score, text + [token]))
-            elif rank < count:
-                finish(score, text + [token])
-        beams = beams[:count]
+        length = len(beams[0][1])
+        rows = next_log_probs(model, document, [text for _, text in beams], config)
+        candidates = []
+        for (log_prob, text), row in zip(beams, rows):
+            candidates += [(log_prob + row[token], text, token) for token in range(V)]
+        candidates.sort(key=lambda candidate: -candidate[0])
 
-        if len(finished) == count:
-            length = len(texts[0])
+        beams = []
+        for rank, (log_prob, text, token) in enumerate(candidates[:2 * num_beams]):
+            if token != EOS:
+                beams.append((log_prob, text + [token]))
+            elif rank < num_beams:
+                finish(log_prob, text + [token])
+        beams = beams[:num_beams]
+
+        if len(finished) == num_beams:
             if config["early_stopping"] == "never" and penalty > 0:
                 length = config["max_length"] - 1
-            done = (config["early_stopping"] is True
-                    or finished[0][0] >= candidates[0][0] / length ** penalty)
+            best_open_score = candidates[0][0] / length ** penalty
+            done = config["early_stopping"] is True or finished[0][0] >= best_open_score
     if not done:
-        for score, text in beams:
-            finish(score, text)
-    return [text for _, text in finished[::-1][:config["num_return_sequences"]]]
+        for log_prob, text in beams:
+            finish(log_prob, text)
+    finished.reverse()
+    return [text for _, text in finished[:config["num_return_sequences"]]]
 
 
 def random_model(seed, lsg=True, **changes):
-    """A model so small that the searches above take milliseconds, and undecided enough to need
-    them: its next tokens are far from certain."""
+    """A tiny model whose next tokens are far from certain. Seeds differ in how soon texts end."""
     config = BarthezConfig(**dict(
         vocab_size=V, d_model=12, encoder_layers=1, decoder_layers=2, encoder_attention_heads=3,
         decoder_attention_heads=2, encoder_ffn_dim=10, decoder_ffn_dim=14, lsg=lsg, block_size=4,
@@ -126,7 +145,7 @@ def random_model(seed, lsg=True, **changes):
     torch.manual_seed(seed)
     model = BarthezForConditionalGeneration(config).eval()
     init_weights(model, std=0.6)
-    model.final_logits_bias[0, EOS] = seed % 4  # some like to end, others do not
+    model.final_logits_bias[0, EOS] = seed % 4
     return model
 
 
@@ -144,36 +163,39 @@ settings_strategy = st.fixed_dictionaries({
     "no_repeat_ngram_size": st.integers(0, 3),
     "length_penalty": st.sampled_from([-1.0, 0.0, 0.7, 1.0, 2.0]),
     "early_stopping": st.sampled_from([True, False, "never"]),
-    "forced_eos_token_id": st.sampled_from([None, EOS])})
+    "forced_eos_token_id": st.sampled_from([None, EOS])}).filter(
+        lambda settings: settings["min_length"] <= settings["max_length"])
 
 
-@hypothesis_settings(max_examples=20)
+@hypothesis.settings(max_examples=20)
 @given(st.integers(0, 999), st.booleans(), documents_strategy, settings_strategy)
 def test_beam_search_equals_the_plain_search(seed, lsg, documents, settings):
     model = random_model(seed, lsg)
-    expected = [text for document in documents for text in beam_search(model, document, settings)]
+    expected = []
+    for document in documents:
+        expected += plain_beam_search(model, document, settings)
     assert model.generate(batch_of(documents), **settings).tolist() == batch_of(expected).tolist()
 
 
-@hypothesis_settings(max_examples=15)
+@hypothesis.settings(max_examples=15)
 @given(st.integers(0, 999), st.booleans(), documents_strategy, settings_strategy)
 def test_one_beam_is_greedy_search(seed, lsg, documents, settings):
     model = random_model(seed, lsg)
     settings |= {"num_beams": 1, "num_return_sequences": 1}
-    expected = [greedy_search(model, document, settings) for document in documents]
+    expected = [plain_greedy_search(model, document, settings) for document in documents]
     assert model.generate(batch_of(documents), **settings).tolist() == batch_of(expected).tolist()
 
 
-def test_the_searches_disagree_with_each_other():
-    """Else the two tests above would say nothing about beams."""
+def test_plain_beam_search_differs_from_plain_greedy_search():
+    """Otherwise the two tests above would prove nothing about beams."""
     settings = {"num_beams": 4, "num_return_sequences": 1, "max_length": 9, "min_length": 3,
                 "no_repeat_ngram_size": 2, "length_penalty": 1.0, "early_stopping": True,
                 "forced_eos_token_id": EOS}
     models, document = [random_model(seed) for seed in range(10)], [0, 5, 9, 7, 4, EOS]
-    beams = [beam_search(model, document, settings)[0] for model in models]
-    assert sum(text != greedy_search(model, document, settings)
-               for model, text in zip(models, beams)) > 4
-    assert len({len(text) for text in beams}) > 3
+    texts = [plain_beam_search(model, document, settings)[0] for model in models]
+    greedy_texts = [plain_greedy_search(model, document, settings) for model in models]
+    assert sum(text != greedy for text, greedy in zip(texts, greedy_texts)) > 4
+    assert len({len(text) for text in texts}) > 3
 
 
 # ------------------------------------------------------------------------------------------------
@@ -181,7 +203,7 @@ def test_the_searches_disagree_with_each_other():
 
 
 CASES = {name: next(case for case in RECORDED["cases"] if case["input"] == name)
-         for name in ("1", "5", "9")}  # several documents of unlike length, with a mask
+         for name in ("1", "5", "9")}  # several documents of different lengths, with a mask
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -199,24 +221,26 @@ def test_a_padded_document_gives_the_same_ids_as_alone(name, num_beams):
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_no_ngram_comes_twice(n, num_beams):
+def test_no_ngram_is_repeated(n, num_beams):
     model, ids, mask = recorded(CASES["9"])
-    out = model.generate(ids, mask, num_beams=num_beams, no_repeat_ngram_size=n, max_length=26,
-                         min_length=24, forced_eos_token_id=None)
-    free = model.generate(ids, mask, num_beams=num_beams, no_repeat_ngram_size=0, max_length=26,
-                          min_length=24, forced_eos_token_id=None)
+    settings = {"num_beams": num_beams, "max_length": 26, "min_length": 24,
+                "forced_eos_token_id": None}
 
-    def repeats(text):
-        grams = [tuple(gram) for gram in text[text != PAD].unfold(0, n, 1).tolist()]
-        return len(grams) - len(set(grams))
+    def repeats(texts):
+        count = 0
+        for text in texts:
+            ngrams = [tuple(ngram) for ngram in text[text != PAD].unfold(0, n, 1).tolist()]
+            count += len(ngrams) - len(set(ngrams))
+        return count
 
-    assert sum(map(repeats, out)) == 0 and sum(map(repeats, free)) > 0
+    assert repeats(model.generate(ids, mask, **settings, no_repeat_ngram_size=n)) == 0
+    assert repeats(model.generate(ids, mask, **settings, no_repeat_ngram_size=0)) > 0
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_the_start_token_counts_among_the_ngrams(num_beams):
     model = random_model(3)
-    model.final_logits_bias[0, EOS] = 50.0  # </s>, which is also what texts start with
+    model.final_logits_bias[0, EOS] = 50.0  # </s> is also the start token
     out = model.generate(torch.tensor([[0, 5, EOS]]), num_beams=num_beams, max_length=9,
                          no_repeat_ngram_size=1, forced_eos_token_id=None)
     assert out.shape == (1, 9) and (out == EOS).sum() == 1
@@ -226,9 +250,9 @@ def test_the_start_token_counts_among_the_ngrams(num_beams):
 @pytest.mark.parametrize("length", [2, 7, 13])
 def test_no_text_ends_before_min_length(num_beams, length):
     model, ids, mask = recorded(CASES["9"])
-    model.final_logits_bias[0, EOS] = 50.0  # wants nothing but to end
+    model.final_logits_bias[0, EOS] = 50.0  # ends as soon as it may
     out = model.generate(ids, mask, num_beams=num_beams, min_length=length, max_length=30)
-    assert ((out != PAD).sum(1) == length + 1).all()  # the start token counts, </s> comes after
+    assert ((out != PAD).sum(1) == length + 1).all()  # the start token counts, </s> does not
     assert (out[:, length] == EOS).all()
 
 
@@ -243,22 +267,22 @@ def test_no_text_is_longer_than_max_length(num_beams, forced):
     assert EOS not in last if forced is None else last == [forced] * len(ids)
 
 
-def test_settings_default_to_the_checkpoints():
+def test_settings_default_to_those_of_the_checkpoint():
     settings = {"num_beams": 3, "max_length": 7, "min_length": 4, "no_repeat_ngram_size": 2,
                 "length_penalty": 2.0, "early_stopping": "never", "forced_eos_token_id": None}
     ids, plain = torch.tensor([[0, 5, 9, EOS], [0, 8, 8, EOS]]), random_model(1)
     expected = plain.generate(ids, **settings)
     assert torch.equal(random_model(1, **settings).generate(ids), expected)
-    assert plain.generate(ids).tolist() != expected.tolist(), "the comparison says nothing"
+    assert plain.generate(ids).tolist() != expected.tolist(), "the settings have no effect"
 
 
-def test_max_length_is_20_where_nobody_says_otherwise():
+def test_max_length_is_20_by_default():
     model = random_model(3)
     model.final_logits_bias[0, EOS] = -50.0
     assert model.generate(torch.tensor([[0, 5, EOS]])).shape == (1, 20)
 
 
-def test_without_a_mask_padding_is_left_out():
+def test_padding_is_masked_by_default():
     model, ids, mask = recorded(CASES["1"])
     assert torch.equal(model.generate(ids), model.generate(ids, mask))
 
@@ -269,13 +293,13 @@ def test_texts_begin_with_the_start_token(start, first):
     assert model.generate(torch.tensor([[0, 5, EOS]]), max_length=6)[0, 0] == first
 
 
-def test_the_document_is_read_once():
+def test_the_document_is_projected_once():
     model, calls = random_model(3), []
     for layer in model.model.decoder.layers:
         layer.encoder_attn.k_proj.register_forward_hook(
             lambda layer, inputs, out: calls.append(inputs[0].shape))
     model.generate(torch.tensor([[0, 5, 9, EOS]] * 3), num_beams=4, max_length=9, min_length=8)
-    assert calls == [(3, 5, 12)] * 2  # a global and 4 tokens: neither once a beam nor once a step
+    assert calls == [(3, 5, 12)] * 2  # a global token and 4 others, once for each layer
 
 
 def test_each_step_reads_only_the_newest_token():
@@ -286,69 +310,44 @@ def test_each_step_reads_only_the_newest_token():
     assert lengths == [(3, 4)] * 8
 
 
-def test_progress_is_told_at_each_step():
+def test_progress_is_called_at_each_step():
     steps = []
     random_model(3).generate(torch.tensor([[0, 5, EOS]]), max_length=6, min_length=6,
                              progress=lambda *step: steps.append(step))
     assert steps == [(1, 6), (2, 6), (3, 6), (4, 6), (5, 6)]
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
-def test_weights_are_packed_for_as_long_as_it_writes():
-    model, source = random_model(3), torch.tensor([[0, 5, 9, EOS]])
-    layers = [m for m in model.modules() if isinstance(m, Linear)]
-    states = torch.randn(1, 3, 12)
-    plain = [layer(states) for layer in layers if layer.in_features == 12]
-    with packed(model):
-        assert all(layer.packed_weight is not None for layer in layers)
-        for layer, expected in zip((m for m in layers if m.in_features == 12), plain):
-            assert_close(layer(states), expected, 1e-6)
-
-    def stop(*_):
-        assert model.lm_head.packed_weight is not None
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        model.generate(source, progress=stop)
-    assert all(layer.packed_weight is None for layer in layers)
-
-
-def test_new_weights_write_new_texts():
-    model, other, source = random_model(3), random_model(5), torch.tensor([[0, 5, 9, EOS]])
-    settings = {"num_beams": 3, "max_length": 9, "min_length": 6}
-    first, expected = model.generate(source, **settings), other.generate(source, **settings)
-    for new, old in zip(other.state_dict().values(), model.state_dict().values()):
-        old.data.copy_(new)
-    assert model.generate(source, **settings).equal(expected) and not first.equal(expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_types_that_cannot_be_packed_write_all_the_same(dtype):
-    source, settings = torch.tensor([[0, 5, 9, EOS]]), {"num_beams": 3, "max_length": 9}
-    expected = random_model(3).generate(source, **settings)
-    assert random_model(3).to(dtype).generate(source, **settings).equal(expected)
-
-
-def test_autocast_packs_nothing():
-    model, packed_at_step = random_model(3), []
-    with torch.autocast("cpu", torch.bfloat16):
-        model.generate(torch.tensor([[0, 5, 9, EOS]]), max_length=9, progress=lambda *_:
-                       packed_at_step.append(model.lm_head.packed_weight is not None))
-    assert packed_at_step and not any(packed_at_step)
-
-
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_as_it_was(training):
+def test_generate_does_not_change_the_model(training):
     model = random_model(3).train(training)
+    model.model.encoder.eval()  # a part may be in another mode than the rest
+    modes = [module.training for module in model.modules()]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     out = model.generate(torch.tensor([[0, 5, EOS]]), max_length=6)
     assert not out.requires_grad and torch.is_grad_enabled()
-    assert all(module.training is training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_what_was_written_can_be_learnt_from():
+def test_dropout_is_off_while_a_model_in_training_generates():
+    changes = {"dropout": 0.5, "attention_dropout": 0.5, "encoder_layerdrop": 0.5,
+               "decoder_layerdrop": 0.5}
+    document, settings = torch.tensor([[0, 5, 9, EOS]]), {"max_length": 12, "min_length": 9}
+    expected = random_model(3).generate(document, **settings)
+    model = random_model(3, **changes).train()
+    for _ in range(3):
+        assert model.generate(document, **settings).equal(expected)
+
+    def stop(*step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(document, progress=stop)
+    assert all(module.training for module in model.modules())
+
+
+def test_generated_ids_can_be_trained_on():
     model = random_model(3)
     document = torch.tensor([[0, 5, EOS]])
     written = model.generate(document, max_length=6)
@@ -359,8 +358,8 @@ def test_what_was_written_can_be_learnt_from():
 @pytest.mark.parametrize("setting, value", [
     ("num_beam", 2), ("temperature", 0.7), ("sparsity_type", "pooling"), ("dropout", 0.5),
     ("max_position_embeddings", 99), ("decoder_layers", 1)])
-def test_a_setting_that_generate_cannot_follow_is_an_error_that_names_it(setting, value):
-    with pytest.raises(ValueError, match=f"{setting}$"):
+def test_an_unknown_setting_is_an_error_that_names_it(setting, value):
+    with pytest.raises(ValueError, match=f"no setting {setting}:"):
         random_model(3).generate(torch.tensor([[0, 5, EOS]]), **{setting: value}, num_beams=2)
 
 
@@ -372,55 +371,61 @@ def test_an_impossible_setting_is_an_error_that_names_it(setting, value):
         random_model(3).generate(torch.tensor([[0, 5, EOS]]), **{setting: value})
 
 
-def test_a_max_length_beyond_the_positions_is_an_error_before_anything_is_computed():
+def test_a_min_length_above_max_length_is_an_error():
+    with pytest.raises(ValueError, match="min_length=9.*max_length=8"):
+        random_model(3).generate(torch.tensor([[0, 5, EOS]]), min_length=9, max_length=8)
+
+
+def test_a_max_length_beyond_the_positions_is_an_error_at_once():
     model, steps = random_model(3), []
     model.final_logits_bias[0, EOS] = -50.0
     with pytest.raises(ValueError, match="max_length=42.*40 positions"):
         model.generate(torch.tensor([[0, 5, EOS]]), max_length=42,
                        progress=lambda *step: steps.append(step))
     assert not steps
-    # The last token that is written is never read: there is a position for each of the others.
+    # The last token needs no position, since the decoder does not read it.
     assert model.generate(torch.tensor([[0, 5, EOS]]), max_length=41).shape == (1, 41)
 
 
-@hypothesis_settings(max_examples=20)
+@hypothesis.settings(max_examples=20)
 @given(st.integers(1, 4), st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), max_size=6))
-def test_the_cache_shows_each_beam_its_own_past(beams, splits):
-    """Keys are tagged with the number of their step and beam, and followed in plain lists."""
+def test_the_cache_shows_each_beam_its_own_history(beams, splits):
+    """Each key holds the number of its step and beam. Plain lists keep the history of each beam."""
     model = random_model(3, decoder_layers=1)
-    past = Past(BarthezConfig(**vars(model.config) | {"num_beams": beams}), 1, len(splits) + 2,
-                torch.zeros(1))
+    config = replace(model.config, num_beams=beams)
+    cache = Cache(config, 1, len(splits) + 2, like=torch.zeros(1))
     histories = [[] for _ in range(beams)]
-    for step, split in enumerate([*splits, [0, 0, 0, 0]]):
-        mask = past.open_step()[0, 0]  # (beams, slots)
+    for step, split in enumerate(splits + [[0, 0, 0, 0]]):
+        visible = cache.next_step()[0, 0]  # (beams, L * beams)
         tags = [100 * step + beam for beam in range(beams)]
         new = torch.tensor(tags).float()[None, None, :, None].expand(1, 2, beams, 6)
-        keys, values = past.append(0, new, -new)
+        keys, values = cache.layers[0].append(new, -new)
         histories = [history + [tag] for history, tag in zip(histories, tags)]
-        for seen, history in zip(mask, histories):
-            assert keys[0, 1, seen, 0].tolist() == history
-            assert values[0, 1, seen, 0].tolist() == [-tag for tag in history]
+        for row, history in zip(visible, histories):
+            assert keys[0, 1, row, 0].tolist() == history
+            assert values[0, 1, row, 0].tolist() == [-tag for tag in history]
         beam = [origin % beams for origin in split[:beams]]
-        past.reorder(torch.tensor([beam]))
+        cache.reorder(torch.tensor([beam]))
         histories = [histories[origin] for origin in beam]
 
 
-finished = st.lists(st.tuples(st.sampled_from([-0.5, -1.0, -2.0, -3.5]), st.integers(1, 6)),
-                    min_size=1, max_size=9)
+scored_texts = st.lists(st.tuples(st.sampled_from([-0.5, -1.0, -2.0, -3.5]), st.integers(1, 6)),
+                        min_size=1, max_size=9)  # (log-probability, length)
 
 
-@hypothesis_settings(max_examples=30)
-@given(finished, st.integers(1, 4), st.sampled_from([-1.0, 0.0, 1.0, 2.0]))
-def test_the_best_finished_texts_are_kept_and_of_equals_the_later(finished, num_beams, penalty):
-    config = BarthezConfig(**vars(random_model(3).config)
-                           | {"num_beams": num_beams, "num_return_sequences": min(2, num_beams),
-                              "length_penalty": penalty})
+@hypothesis.settings(max_examples=30)
+@given(scored_texts, st.integers(1, 4), st.sampled_from([-1.0, 0.0, 1.0, 2.0]))
+def test_the_best_hypotheses_are_kept(texts, num_beams, penalty):
+    """Of two equal scores, the later one is the better."""
+    config = replace(random_model(3).config, num_beams=num_beams, length_penalty=penalty,
+                     num_return_sequences=min(2, num_beams))
     hypotheses, kept = Hypotheses(config, max_length=9), []
-    for name, (log_prob, length) in enumerate(finished):
+    for name, (log_prob, length) in enumerate(texts):
         hypotheses.add(name, log_prob, length)
         score = log_prob / length ** penalty
         if len(kept) < num_beams or score > min(kept)[0]:
-            kept = sorted([*kept, (score, name)])[-num_beams:]
+            kept = sorted(kept + [(score, name)])[-num_beams:]
     assert sorted(hypotheses.kept) == kept
     hypotheses.done = True
-    assert hypotheses.best(None, None) == [name for _, name in kept[:-3:-1]]
+    names = [name for _, name in reversed(kept)]
+    assert hypotheses.best(None, None) == names[:config.num_return_sequences]

@@ -1,4 +1,4 @@
-"""The tokenizer: the original's ids and texts, French typography, batches and mistakes."""
+"""The tokenizer: ids and texts of the original, French typography, batches and mistakes."""
 
 import json
 
@@ -16,10 +16,10 @@ TOKENIZER = BarthezTokenizer(MODEL_FILE)
 
 
 # ------------------------------------------------------------------------------------------------
-# The original's ids and texts
+# Ids and texts of the original
 
 
-def test_the_vocabulary_has_the_originals_size():
+def test_the_size_of_the_vocabulary_equals_the_original():
     assert len(TOKENIZER) == RECORDED["vocab_size"]
 
 
@@ -31,31 +31,31 @@ def test_pairs_equal_the_original():
     assert [[*pair, TOKENIZER.encode(*pair)] for *pair, _ in RECORDED["pairs"]] == RECORDED["pairs"]
 
 
-def test_decode_equals_the_original_without_its_clean_up():
+def test_decode_equals_the_original_without_clean_up():
     assert RECORDED["decode"] == [
         [ids, TOKENIZER.decode(ids, skip_special_tokens=False), TOKENIZER.decode(ids)]
         for ids, *_ in RECORDED["decode"]]
 
 
-def departure(arguments):
-    """Why our answer to a call differs from the original's, or None.
+def difference(arguments):
+    """Why our answer to a call differs from that of the original, or None.
 
-    Ours is always a tensor (the original's is a list), and max_length a promise.
+    The original returns lists. We return tensors, and never more than max_length tokens.
     """
     texts = arguments["text"]
     length, several = arguments.get("max_length"), isinstance(texts, list)
     rows = [len(TOKENIZER.encode(text)) for text in (texts if several else [texts])]
     if arguments.get("truncation") and "text_pair" not in arguments:
         if length == 2 and max(rows) > 2:
-            return "the original leaves a text whole where only <s> and </s> have room"
+            return "the original does not cut a text if only <s> and </s> have room"
         if arguments.get("pad_to_multiple_of"):
-            return "the original refuses a max_length that is no multiple, ours rounds it up"
+            return "the original refuses a max_length that is not a multiple, ours rounds it up"
         rows = [min(row, length) for row in rows]
     padding = arguments.get("padding")
     if several and not padding and len(set(rows)) > 1:
-        return "rows of different lengths make no tensor"
+        return "rows of different lengths do not fit in a tensor"
     if several and padding == "max_length" and max(rows) > length:
-        return "the original pads each text by itself, into rows of different lengths"
+        return "the original pads each text separately, to rows of different lengths"
 
 
 def call(arguments):
@@ -64,7 +64,7 @@ def call(arguments):
 
 
 @pytest.mark.parametrize("case", [case for case in RECORDED["call"]
-                                  if not departure(case["arguments"])],
+                                  if not difference(case["arguments"])],
                          ids=lambda case: str(list(case["arguments"].values())[1:]))
 def test_a_call_equals_the_original(case):
     batch = call(case["arguments"])
@@ -74,17 +74,17 @@ def test_a_call_equals_the_original(case):
         assert batch[name].tolist() == expected
 
 
-def test_a_call_that_departs_from_the_original_does():
-    cases = [case for case in RECORDED["call"] if departure(case["arguments"])]
-    assert len({departure(case["arguments"]) for case in cases}) == 4
+def test_calls_that_should_differ_from_the_original_do():
+    cases = [case for case in RECORDED["call"] if difference(case["arguments"])]
+    assert len({difference(case["arguments"]) for case in cases}) == 4
     for case in cases:
         try:
             batch = call(case["arguments"])
         except ValueError:
             assert len(set(map(len, case["input_ids"]))) > 1
             continue
-        rows, whole = batch["input_ids"].tolist(), case.get("input_ids")
-        assert rows != (whole if isinstance(case["arguments"]["text"], list) else [whole])
+        rows, expected = batch["input_ids"].tolist(), case.get("input_ids")
+        assert rows != expected and rows != [expected]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -95,11 +95,11 @@ def test_a_call_that_departs_from_the_original_does():
     "Où est-elle ?", "à l'hôpital !", "Il l’a dit : oui ; non.", "« Bonjour », dit-il...",
     "L’été dernier, l'œuvre du cœur a coûté 12 345 zéros (67 %).", "n’est-ce pas ? Oui, bien sûr !",
     "a , b . c ? d ! n't 's 've"])
-def test_typography_survives(text):
+def test_typography_is_kept(text):
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
-def test_nfkc_is_what_the_published_model_does_to_a_text():
+def test_texts_are_normalized_to_nfkc():
     assert TOKENIZER.decode(TOKENIZER.encode("e\u0301te\u0301\u00a0! …")) == "été ! ..."
 
 
@@ -109,7 +109,7 @@ words = st.lists(st.text(KNOWN, min_size=1, max_size=8), min_size=1, max_size=6)
 
 
 @given(words)
-def test_a_text_of_known_characters_comes_back(words):
+def test_decoding_restores_a_text_of_known_characters(words):
     text = " ".join(words)
     ids = TOKENIZER.encode(text)
     assert TOKENIZER.unk_token_id not in ids
@@ -117,13 +117,13 @@ def test_a_text_of_known_characters_comes_back(words):
 
 
 @given(words)
-def test_any_white_space_between_words_is_one_space(words):
+def test_any_white_space_becomes_one_space(words):
     text = "\n " + " \t\u00a0".join(words) + "  "
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == " ".join(words)
 
 
 @given(words, st.sampled_from(SPECIAL_TOKENS), words)
-def test_a_special_token_in_a_text_parts_it(before, token, after):
+def test_special_tokens_in_a_text_are_recognized(before, token, after):
     ids = TOKENIZER.encode(f"{' '.join(before)} {token} {' '.join(after)}")
     place = 1 + ids[1:-1].index(TOKENIZER.special_ids[token])
     assert TOKENIZER.decode(ids[:place]) == " ".join(before)
@@ -141,14 +141,14 @@ def test_special_ids_are_the_published_ones():
             TOKENIZER.unk_token_id, TOKENIZER.mask_token_id] == [0, 1, 2, 3, 180]
 
 
-def test_mask_takes_along_the_space_before_it_only():
+def test_mask_includes_only_the_space_before_it():
     bare = TOKENIZER.encode("le meilleur<mask>du monde")
     assert bare == TOKENIZER.encode("le meilleur <mask>du monde")
     assert bare == TOKENIZER.encode("le meilleur  \n<mask> du monde")
     assert bare.count(TOKENIZER.mask_token_id) == 1
 
 
-def test_a_mask_that_is_no_piece_comes_behind_the_last(tmp_path):
+def test_a_mask_that_is_missing_gets_the_next_id(tmp_path):
     piece = b"\n\x0f\n\x06<mask>\x15\0\0\0\0\x18\x03"  # see make_goldens.py
     data = MODEL_FILE.read_bytes()
     assert data.endswith(piece)
@@ -161,15 +161,15 @@ def test_a_mask_that_is_no_piece_comes_behind_the_last(tmp_path):
         TOKENIZER.encode(text), False)
 
 
-def test_decode_takes_lists_and_tensors():
+def test_decode_accepts_lists_and_tensors():
     ids = TOKENIZER.encode("L’été dernier")
     for form in ids, tuple(ids), torch.tensor(ids), torch.tensor(ids).int():
         assert TOKENIZER.decode(form) == "L’été dernier"
-    for nothing in [], torch.tensor([]):
-        assert TOKENIZER.decode(nothing) == ""
+    for empty in [], torch.tensor([]):
+        assert TOKENIZER.decode(empty) == ""
 
 
-def test_decode_shows_special_tokens_when_asked():
+def test_decode_can_show_special_tokens():
     ids = TOKENIZER.encode("Où ?", "Ici !")
     assert TOKENIZER.decode(ids, skip_special_tokens=False) == "<s> Où ?</s></s> Ici !</s>"
     assert TOKENIZER.decode(ids) == "Où ? Ici !"
@@ -179,35 +179,37 @@ def test_decode_shows_special_tokens_when_asked():
 # Batches
 
 LONG, SHORT = "Le château, la fenêtre, l'île, le goût.", "Zoé."
-WIDTH, LITTLE = len(TOKENIZER.encode(LONG)), len(TOKENIZER.encode(SHORT))
+LONG_LENGTH, SHORT_LENGTH = len(TOKENIZER.encode(LONG)), len(TOKENIZER.encode(SHORT))
 
 
 def test_one_text_is_a_batch_of_one():
     batch = TOKENIZER(SHORT)
     assert batch["input_ids"].tolist() == [TOKENIZER.encode(SHORT)]
-    assert batch["attention_mask"].tolist() == [[1] * LITTLE]
+    assert batch["attention_mask"].tolist() == [[1] * SHORT_LENGTH]
 
 
 @pytest.mark.parametrize("options, width", [
-    ({"padding": True}, WIDTH),
-    ({"padding": "longest", "pad_to_multiple_of": 16}, -(-WIDTH // 16) * 16),
-    ({"padding": "max_length", "max_length": WIDTH + 3}, WIDTH + 3),
-    ({"padding": "max_length", "max_length": WIDTH + 3, "pad_to_multiple_of": 7},
-     -(-(WIDTH + 3) // 7) * 7),
-    ({"padding": True, "truncation": True, "max_length": LITTLE + 2}, LITTLE + 2),
-    ({"padding": "max_length", "truncation": True, "max_length": LITTLE + 2}, LITTLE + 2)])
+    ({"padding": True}, LONG_LENGTH),
+    ({"padding": "longest", "pad_to_multiple_of": 16}, -(-LONG_LENGTH // 16) * 16),
+    ({"padding": "max_length", "max_length": LONG_LENGTH + 3}, LONG_LENGTH + 3),
+    ({"padding": "max_length", "max_length": LONG_LENGTH + 3, "pad_to_multiple_of": 7},
+     -(-(LONG_LENGTH + 3) // 7) * 7),
+    ({"padding": True, "truncation": True, "max_length": SHORT_LENGTH + 2}, SHORT_LENGTH + 2),
+    ({"padding": "max_length", "truncation": True, "max_length": SHORT_LENGTH + 2},
+     SHORT_LENGTH + 2)])
 def test_padding_follows_the_text_and_is_masked(options, width):
     batch = TOKENIZER([SHORT, LONG], **options)
-    ids, long = TOKENIZER.encode(SHORT), TOKENIZER.encode(LONG)
-    seen = min(WIDTH, width)
-    assert batch["input_ids"].tolist() == [
-        ids + [1] * (width - LITTLE), long[:seen - 1] + [2] + [1] * (width - seen)]
-    assert batch["attention_mask"].tolist() == [
-        [1] * LITTLE + [0] * (width - LITTLE), [1] * seen + [0] * (width - seen)]
+    kept = min(LONG_LENGTH, width)
+    short = TOKENIZER.encode(SHORT) + [1] * (width - SHORT_LENGTH)
+    long = TOKENIZER.encode(LONG)[:kept - 1] + [2] + [1] * (width - kept)
+    assert batch["input_ids"].tolist() == [short, long]
+    short_mask = [1] * SHORT_LENGTH + [0] * (width - SHORT_LENGTH)
+    long_mask = [1] * kept + [0] * (width - kept)
+    assert batch["attention_mask"].tolist() == [short_mask, long_mask]
 
 
 @given(st.text("aé ", max_size=30), st.text("aé ", max_size=30), st.integers(4, 40))
-def test_truncation_keeps_the_beginnings_and_takes_from_the_longer(first, second, limit):
+def test_truncation_cuts_the_end_of_the_longer_text(first, second, limit):
     ids, pair_ids = TOKENIZER.encode(first)[1:-1], TOKENIZER.encode(second)[1:-1]
     cut = TOKENIZER.encode(first, second, max_length=limit)
     assert len(cut) == min(limit, len(ids) + len(pair_ids) + 4)
@@ -215,21 +217,21 @@ def test_truncation_keeps_the_beginnings_and_takes_from_the_longer(first, second
     kept, pair_kept = cut[1:end], cut[end + 2:-1]
     assert cut == [0, *kept, 2, 2, *pair_kept, 2]
     assert kept == ids[:len(kept)] and pair_kept == pair_ids[:len(pair_kept)]
-    if len(kept) < len(ids):  # what was cut is not shorter than the other, but for one token
+    if len(kept) < len(ids):  # the text that was cut is at most one token shorter than the other
         assert len(kept) >= len(pair_kept) - 1
     if len(pair_kept) < len(pair_ids):
         assert len(pair_kept) >= len(kept) - 1
 
 
-def test_truncation_without_a_limit_cuts_at_the_models():
+def test_truncation_defaults_to_model_max_length():
     tokenizer = BarthezTokenizer(MODEL_FILE, model_max_length=5)
     assert tokenizer(LONG, truncation=True)["input_ids"].tolist() == [
         TOKENIZER.encode(LONG)[:4] + [2]]
     assert tokenizer(SHORT, padding="max_length", truncation=True)["input_ids"].shape == (1, 5)
-    assert tokenizer(LONG)["input_ids"].shape == (1, WIDTH)
+    assert tokenizer(LONG)["input_ids"].shape == (1, LONG_LENGTH)
 
 
-def test_pairs_come_one_for_each_text():
+def test_each_text_has_its_own_pair():
     batch = TOKENIZER([SHORT, LONG], [LONG, SHORT], padding=True)
     assert batch["input_ids"].tolist() == [TOKENIZER.encode(SHORT, LONG),
                                            TOKENIZER.encode(LONG, SHORT)]
@@ -240,7 +242,7 @@ def test_pairs_come_one_for_each_text():
 # Mistakes
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_an_error_that_names_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.model"):
         BarthezTokenizer(tmp_path / "nothing.model")
     with pytest.raises(FileNotFoundError, match="no such file"):
@@ -250,7 +252,7 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize("data", [b"", b"hello", MODEL_FILE.read_bytes()[:1000],
                                   b"version https://git-lfs.github.com/spec/v1\n"],
                          ids=["empty", "text", "truncated", "pointer"])
-def test_a_file_that_is_no_sentencepiece_model_is_named(tmp_path, data):
+def test_a_file_of_another_kind_is_an_error_that_names_it(tmp_path, data):
     (tmp_path / "spm.model").write_bytes(data)
     with pytest.raises(ValueError, match="spm.model is not a SentencePiece model"):
         BarthezTokenizer(tmp_path / "spm.model")
@@ -269,8 +271,16 @@ def test_a_max_length_without_room_is_an_error_that_names_it(pair, least):
     ({"truncation": True}, "give max_length"),
     ({"padding": "max_length"}, "give max_length"),
     ({"padding": "left"}, "padding='left'"),
+    ({"truncation": "only_first"}, "truncation='only_first'"),
+    ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8 needs padding=True"),
     ({"pair": ["a"]}, "2 texts, but 1 pairs"),
     ({}, "padding=True")])
 def test_an_impossible_batch_is_an_error_that_says_why(options, message):
     with pytest.raises(ValueError, match=message):
         TOKENIZER([SHORT, LONG], **options)
+
+
+@pytest.mark.parametrize("id", [-1, 181])
+def test_an_id_outside_the_vocabulary_is_an_error_that_names_it(id):
+    with pytest.raises(ValueError, match=f"id {id} is outside the vocabulary of 181 pieces"):
+        TOKENIZER.decode([5, id])

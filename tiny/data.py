@@ -1,19 +1,22 @@
-"""French text with its summaries, out of Debian 12: the data of the tiny model.
+"""Build the data of the tiny model: French texts with summaries, from Debian.
 
     python tiny/data.py FOLDER
 
-Debian's translators have written some twenty thousand summaries of French texts. The short
-description of a package sums up its long description; the NOM line of a manual page sums up the
-page. This file fetches both with the user's own apt (no root, nothing installed), and more French
-documentation to pretrain on, then writes into FOLDER:
+Debian's translators have written about twenty thousand summaries of French texts. The short
+description of a package summarizes its long description. The NOM section of a manual page
+summarizes the page. This script downloads both, and more French documentation for pretraining, from
+Debian 12 (bookworm). It uses apt with private folders: it needs no root and installs nothing.
 
-    pairs.{train,validation,test}.jsonl   {"document", "summary", "source", "name"} a line
-    pretrain.jsonl                        {"document"} a line, nothing of the two held-out parts
-    sentencepiece.bpe.model               8,000 pieces, the special ones where BARThez has them
-    stats.json                            what was written, and out of which packages' versions
+It writes into FOLDER:
 
-What apt fetched (250 MB) stays in FOLDER/apt and is not fetched again. Beside Debian's apt and
-dpkg it needs `sentencepiece`.
+    pairs.{train,validation,test}.jsonl  one {"document", "summary", "source", "name"} per line
+    pairs.fresh.jsonl                    new descriptions of Debian 13 (trixie), in the same form
+    pretrain.jsonl                       one {"document"} per line, of the training pairs and books
+    sentencepiece.bpe.model              8,000 pieces, with BARThez' ids for the special tokens
+    stats.json                           what was written, and the versions of the packages
+
+Run it on Debian 12, with `sentencepiece` installed. The downloads (270 MB) stay in FOLDER/apt; a
+second run does not repeat them.
 """
 
 import argparse
@@ -34,7 +37,7 @@ import unicodedata
 
 import sentencepiece
 
-# The first half has manual pages, which also give pairs; the second, books and help.
+# Packages of the first group contain manual pages, those of the second books and help pages.
 PACKAGES = """
     manpages-fr manpages-fr-dev adduser apt bilibop-common cups-bsd cups-client cups-daemon
     cups-ipp-utils cups-ppdc debconf-doc debconf-i18n debconf-utils debhelper debianutils devscripts
@@ -51,292 +54,397 @@ PACKAGES = """
     ubuntu-packaging-guide-html-fr
 """.split()
 
-# Files whose path says French: man/fr/…, fr-FR/….html, …/fr/….page, ….fr.html
+# Paths of French files, such as man/fr/…, fr-FR/….html, …/fr/….page and ….fr.html.
 FRENCH_FILE = re.compile(r"/man/fr[^/]*/man\d/.*\.gz$"
                          r"|[/._-]fr([_-]FR)?[/.](?!.*big-page).*\b(x?html|page|xml|docbook)$")
-PREFIX = re.compile(r"(lib(rust-)?|python3?-|node-|r-(cran|bioc)-|golang-(git(hub|lab)(-com)?-)?|"
-                    r"ruby-|fonts-|task-|haskell-|ghc-|php\d?-|elpa-|texlive-|gir1\.2-|xfonts-)+")
 
 
-def stem_of(name):
-    """What kin share: libfoobar-dev and python3-foobar -> fooba."""
-    return re.sub(r"\W", "", PREFIX.sub("", name.lower(), count=1))[:5]
+# ------------------------------------------------------------------------------------------------
+# Downloads
 
 
-def split_of(name):
-    """Which part a name belongs to: kin, whose texts are nearly the same, go together."""
-    percent = int(hashlib.sha256(stem_of(name).encode()).hexdigest(), 16) % 100
-    return "test" if percent < 4 else "validation" if percent < 6 else "train"
+def apt_get(folder, *command):
+    """Run apt-get in folder/debs, with private lists and cache; return its result.
 
-
-def tidy(text):
-    """A paragraph on one line, in the form that SentencePiece gives it: no no-break spaces."""
-    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text.replace("⋅", " "))).strip()
-
-
-def frenchness(text):
-    """Above 0 for French, below for English: untranslated text hides among the translated."""
-    words = collections.Counter(re.findall(r"\w+", text.lower()))
-    french = sum(words[w] for w in "le la les des du un une et est pour dans que qui sur".split())
-    return french - 2 * sum(words[w] for w in "the of and to is for with that this from".split())
-
-
-# ---------------------------------------------------------------------------------------- apt
-
-def apt(folder, *command):
-    """Runs apt with lists and cache of its own under `folder`, in folder/incoming."""
-    for part in ("lists/partial", "cache/archives/partial", "debs", "incoming"):
+    If the file folder/sources.list exists, it replaces the sources of this machine.
+    """
+    for part in ("lists/partial", "cache/archives/partial", "debs"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     options = [f"-oDir::State::Lists={folder / 'lists'}", f"-oDir::Cache={folder / 'cache'}",
                "-oAcquire::Languages=fr", "-oAPT::Sandbox::User=", "-qq"]
-    result = subprocess.run(["apt-get", *options, *command], cwd=folder / "incoming",
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    return tidy(result.stderr.decode())
+    sources = folder / "sources.list"
+    if sources.exists():
+        options += [f"-oDir::Etc::SourceList={sources}", "-oDir::Etc::SourceParts=/dev/null"]
+    return subprocess.run(["apt-get", *options, *command], cwd=folder / "debs",
+                          capture_output=True, text=True)
+
+
+def fetch_index(folder, release):
+    """Return (mirror, text) of the index of French descriptions of a Debian release."""
+    def find():
+        listed = apt_get(folder, "indextargets", "--format=$(REPO_URI)\n$(FILENAME)",
+                         "Created-By: Translations", "Language: fr", "Component: main",
+                         f"Codename: {release}")
+        return listed.stdout.splitlines()[:2]
+
+    messages = ""
+    if not find():
+        # Do not check the exit status: other sources of this machine may fail without harm.
+        messages = apt_get(folder, "update").stderr
+    if not find():
+        raise OSError(f"apt-get did not download the French descriptions of {release}. Check the "
+                      "network, and that apt's sources contain the main archive of Debian 12. "
+                      f"apt-get said: {tidy(messages)[-400:] or 'nothing'}")
+    mirror, path = find()
+    # apt may have compressed the index; apt-helper reads every format.
+    text = subprocess.run(["/usr/lib/apt/apt-helper", "cat-file", path], check=True,
+                          stdout=subprocess.PIPE).stdout.decode()
+    return mirror, text
 
 
 def fetch(folder):
-    """Downloads what is missing; returns Debian's French descriptions and {package: its .deb}."""
+    """Return (index of Debian 12, index of Debian 13, {package: its .deb file})."""
     if shutil.which("apt-get") is None:
-        raise FileNotFoundError("there is no apt-get here: run this on Debian 12")
-
-    def missing():
-        return [package for package in PACKAGES if not any(folder.glob(f"debs/{package}_*.deb"))]
-
-    def indexes():
-        return sorted(map(str, folder.glob("lists/*_Translation-fr*")))
-
-    if missing() or not indexes():
-        # A third-party source that does not answer fails the update, yet does no harm here.
-        said = apt(folder, "update")
-        if missing():
-            said += apt(folder, "download", *missing())
-        # dpkg-deb looks into each: an interrupted download stays behind, for apt to take up again.
-        for deb in folder.glob("incoming/*.deb"):
-            if subprocess.run(["dpkg-deb", "-c", deb], capture_output=True).returncode == 0:
-                deb.rename(folder / "debs" / deb.name)
-        if lost := missing() + ["the French descriptions"] * (not indexes()):
-            raise OSError(f"apt-get brought no {', '.join(lost)}: this needs Debian 12's main "
-                          "archive among apt's sources, and a network. "
-                          f"It said: {said[-400:] or 'nothing'}")
-    # The machine's settings decide how an index is compressed; apt-helper reads them all.
-    text = subprocess.run(["/usr/lib/apt/apt-helper", "cat-file", *indexes()], check=True,
-                          stdout=subprocess.PIPE).stdout.decode()
-    return text, {package: next(folder.glob(f"debs/{package}_*.deb")) for package in PACKAGES}
+        raise FileNotFoundError("apt-get not found: run this on Debian 12")
+    mirror, index = fetch_index(folder, "bookworm")
+    (folder / "trixie").mkdir(exist_ok=True)
+    (folder / "trixie" / "sources.list").write_text(
+        "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg lang=fr "
+        f"target=Translations] {mirror} trixie main\n")
+    _, later_index = fetch_index(folder / "trixie", "trixie")
+    # apt-get skips the packages that are complete and resumes an interrupted download.
+    download = apt_get(folder, "download", *PACKAGES)
+    if download.returncode != 0:
+        raise OSError(f"apt-get did not download all packages: {tidy(download.stderr)[-400:]}")
+    return index, later_index, {p: next(folder.glob(f"debs/{p}_*.deb")) for p in PACKAGES}
 
 
 def french_files(deb):
-    """Yields (path, text) of a package's French pages, straight out of the archive, links aside."""
+    """Yield (path, text) of each French page in a package; links are skipped."""
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as process:
         with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
             for member in archive:
                 if member.isfile() and FRENCH_FILE.search(member.name):
                     data = archive.extractfile(member).read()
-                    data = gzip.decompress(data) if member.name.endswith(".gz") else data
+                    if member.name.endswith(".gz"):
+                        data = gzip.decompress(data)
                     try:
                         yield member.name, data.decode()
                     except UnicodeDecodeError:
                         yield member.name, data.decode("latin-1")
 
 
-# ------------------------------------------------------------------------------- descriptions
+# ------------------------------------------------------------------------------------------------
+# Text
+
+
+def tidy(text):
+    """Join a paragraph into one line and normalize its characters as SentencePiece does."""
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text.replace("⋅", " "))).strip()
+
+
+def frenchness(text):
+    """Return the number of French function words minus twice that of English ones.
+
+    It is positive for French and negative for paragraphs that were left untranslated.
+    """
+    words = collections.Counter(re.findall(r"\w+", text.lower()))
+    french = sum(words[w] for w in "le la les des du un une et est pour dans que qui sur".split())
+    return french - 2 * sum(words[w] for w in "the of and to is for with that this from".split())
+
+
+def letters(text):
+    """Return the letters of a text, without spaces, digits and punctuation, in lower case."""
+    return re.sub(r"[\W\d_]+", "", text).lower()
+
+
+# ------------------------------------------------------------------------------------------------
+# Package descriptions
+
 
 def descriptions(index):
-    """Yields (name, summary, document) of each entry of a Translation-fr index."""
+    """Yield a pair for each entry of a Translation-fr index."""
     for entry in index.split("\n\n"):
         match = re.match(r"Package: (\S+)\n(?:.*\n)*?Description-fr: (.*)\n((?: .*\n?)*)", entry)
         if match is None:
             continue
         name, summary, body = match.groups()
-        paragraphs = [[]]
+        paragraphs = [[]]  # each a list of lines
         for line in body.splitlines():
             bullet = re.match(r"\s+[-*+•·o–]\s+(.*)", line)
+            in_list = bool(paragraphs[-1]) and paragraphs[-1][0][0] == "•"
             if line.strip() == ".":
                 paragraphs.append([])
             elif bullet:
                 paragraphs.append(["• " + bullet[1]])
-            elif line.startswith("  ") and not (paragraphs[-1] and paragraphs[-1][0][0] == "•"):
-                paragraphs.append([line])  # set apart by two spaces: a line that must not be joined
+            elif line.startswith("  ") and not in_list:
+                paragraphs.append([line])  # Two spaces mark a line of its own.
             else:
                 paragraphs[-1].append(line)
-        lines = (tidy(" ".join(lines)) for lines in paragraphs)
-        yield name, tidy(summary), "\n".join(line for line in lines if line)
+        lines = [tidy(" ".join(paragraph)) for paragraph in paragraphs]
+        yield {"document": "\n".join(line for line in lines if line), "summary": tidy(summary),
+               "source": "description", "name": name}
 
 
-# ------------------------------------------------------------------------------- manual pages
+# ------------------------------------------------------------------------------------------------
+# Manual pages
 
-# The named characters of roff that these pages use; a name that is not here vanishes.
+# roff's names of characters, as these pages use them. Other names are dropped.
 SPECIAL = (
-    "bu • co © rg ® R ® tm ™ em — en – hy - mi - lq “ rq ” L\" “ R\" ” oq ‘ cq ’ aq ' Aq ' dq \" "
-    "ga ` ha ^ ti ~ rs \\ sl / at @ ba | lB [ rB ] Fo « Fc » mu × +- ± <= ≤ >= ≥ != ≠ -> → <- ← "
-    "mc µ de ° OE Œ oe œ AE Æ ae æ ss ß sc § S § Eu € no ¬ di ÷").split()
+    "bu • co © rg ® R ® em — en – hy - mi - lq “ rq ” L\" “ R\" ” oq ‘ cq ’ aq ' Aq ' dq \" "
+    "ga ` ha ^ ti ~ rs \\ lB [ rB ] Fo « Fc » +- ± >= ≥ oe œ sc §").split()
 SPECIAL = dict(zip(SPECIAL[::2], SPECIAL[1::2]))
 ACCENT = {"'": "\u0301", "`": "\u0300", "^": "\u0302", ":": "\u0308", ",": "\u0327", "~": "\u0303"}
+OTHER = {"-": "-", "e": "\\", "\\": "\\", "'": "'", "`": "`", ".": ".",
+         " ": " ", "~": " ", "0": " ", "t": " "}
 ESCAPE = re.compile(r"""
-    \\(?:f(?:\[[^]]*\]|\(..|.) | s(?:\[[^]]*\]|\(..|[-+]?\d{1,2}) | m\[[^]]*\] | k(?:\(..|.)
-      | n[-+]?(?:\[[^]]*\]|\(..|.) | [hvwlLDbxoNRSHX]'[^']*' | \$.)     # fonts, motions: no text
-    | \\\*?(?:\[(?P<long>[^]]*)\] | \((?P<two>..)) | \\\*(?P<one>.)          # a named character
+    \\(?:f(?:\[[^]]*\]|\(..|.) | s(?:\[[^]]*\]|\(..|[-+]?\d{1,2}) | m\[[^]]*\]
+      | n[-+]?(?:\[[^]]*\]|\(..|.))                                      # fonts, numbers: dropped
+    | \\\*?(?:\[(?P<long>[^]]*)\] | \((?P<two>..)) | \\\*(?P<one>.)     # a named character
     | \\(?P<other>.)""", re.VERBOSE)
 MACRO = re.compile(r"[.'][ \t]*(\S*)[ \t]*(.*)")
-FONT = "B I SM SB R BR IR RB RI BI IB".split()
-BREAK = "PP P LP TP TQ IP HP RS RE br sp nf fi Sp".split()
-# Sections that sum up nothing: who wrote it, who translated it, and tables that every page repeats.
-UNWANTED = re.compile(r"^nom$|traduct|colophon|copyright|auteur|voir aussi|attributs|bibliothèque|"
-                      r"signaler|licence|remerciement|droits|async|adresse|translat|author", re.I)
+ARGUMENT = re.compile(r'"((?:[^"]|"")*)"?|((?:\\.|[^\s\\])+)')  # quoted or bare
+ONE_FONT = ("B", "I", "SM")
+TWO_FONTS = ("BR", "IR", "RB", "RI", "BI", "IB")
+BREAK = ("PP", "P", "LP", "TP", "TQ", "IP", "HP", "RS", "RE", "br", "sp", "nf", "fi", "Sp")
+# Sections without content of their own: authors, translators, and tables that every page repeats.
+UNWANTED = re.compile(r"^nom$|traduct|copyright|auteur|voir aussi|attributs|bibliothèque|"
+                      r"signaler|licence|remerciement|droits|async|adresse|author", re.I)
 
 
 def unescape(text):
-    """roff's escapes, as characters: `\\(bu \\fBn'\\('etait\\fP` -> `• n'était`."""
+    """Replace roff's escapes by characters: `\\(bu \\fBn'\\('etait\\fP` -> `• n'était`."""
     def character(match):
         name = match["long"] or match["two"] or match["one"]
         if name is None:
-            return dict(zip("-e ~0t'`.\\", "-\\    '`.\\")).get(match["other"], "")
-        if re.fullmatch(r"u[0-9A-F]{4,5}", name):
-            return chr(int(name[1:], 16))
-        if len(name) == 2 and name[0] in ACCENT and name[1].isalpha():
+            return OTHER.get(match["other"], "")
+        if len(name) == 2 and name[0] in ACCENT:
             return name[1] + ACCENT[name[0]]
         return SPECIAL.get(name, "")
     return ESCAPE.sub(character, text)
 
 
-def manual(source):
-    """(summary, document) of a page in roff's man macros, or None if it has no NOM section."""
-    sections, paragraph = [("", [])], []
-    tag = hidden = verbatim = False
+class ManualPage:
+    """The sections of a manual page written with roff's man macros, as [title, paragraphs]."""
 
-    def flush():
-        text = tidy(unescape(" ".join(paragraph)))
+    def __init__(self, source):
+        self.sections = [["", []]]
+        self.parts = []            # pieces of the current paragraph
+        self.expects_term = False  # whether the next line is the term of a definition list
+        self.verbatim = False      # whether each line is a paragraph
+        hidden = False             # inside a listing, a table or a macro definition
+        source = re.sub(r"(?m)\\[\"#].*$|^[.']\s*\\\".*\n", "", source)  # comments
+        source = source.replace("\\\n", "")
+        for line in source[source.find("\n.SH"):].splitlines():
+            macro, rest = None, line
+            if line[:1] in (".", "'"):
+                macro, rest = MACRO.match(line).groups()
+            if macro in ("EX", "Vb", "TS", "de"):
+                hidden = True
+            elif macro in ("EE", "Ve", "TE", "."):
+                hidden = False
+            elif hidden:
+                continue
+            elif macro is None and rest.strip():
+                self.add(rest)
+            elif macro is None:
+                self.flush()
+            else:
+                words = [quoted.replace('""', '"') or bare
+                         for quoted, bare in ARGUMENT.findall(rest)]
+                self.read_macro(macro, words)
+        self.flush()
+
+    def read_macro(self, macro, words):
+        """Interpret a macro; those not named here are ignored."""
+        if macro == "SH":
+            self.flush()
+            self.sections.append([tidy(unescape(" ".join(words))), []])
+        elif macro == "SS":
+            self.flush()
+            self.sections[-1][1].append(tidy(unescape(" ".join(words))))
+        elif macro in ONE_FONT:
+            self.add(" ".join(words))
+        elif macro in TWO_FONTS:
+            self.add("".join(words))  # The fonts alternate, without spaces: .BR ls (1) -> ls(1)
+        elif macro in ("UE", "ME") and self.parts:
+            self.parts[-1] += "".join(words)  # the punctuation after a link
+        elif macro == "SY":
+            self.parts.append(" ".join(words))
+        elif macro == "OP":
+            self.parts.append(f"[{' '.join(words)}]")
+        elif macro in BREAK:
+            self.flush()
+            if macro == "IP" and words:
+                self.add_mark(unescape(words[0]).strip())
+        if macro in ("SH", "SS") or macro in BREAK:
+            self.expects_term = macro in ("TP", "TQ")
+        if macro in ("nf", "fi", "SH", "SS", "TP", "IP"):
+            self.verbatim = macro == "nf"
+
+    def add(self, text):
+        """Add a line of text to the current paragraph."""
+        self.parts.append(text)
+        if self.expects_term:
+            self.parts.append(":")
+            self.expects_term = False
+        if self.verbatim:
+            self.flush()
+
+    def add_mark(self, mark):
+        """Add the bullet, number or term before an indented paragraph."""
+        if mark and mark in "•-*o+·":
+            self.parts.append("•")
+        elif mark:
+            self.parts.append(mark if mark[-1] in ".)" else mark + " :")
+
+    def flush(self):
+        """Close the current paragraph."""
+        text = tidy(unescape(" ".join(self.parts)))
         if text.strip("• :"):
-            sections[-1][1].append(text)
-        paragraph.clear()
+            self.sections[-1][1].append(text)
+        self.parts = []
 
-    source = re.sub(r"(?m)\\[\"#].*$|^[.']\s*\\\".*\n", "", source).replace("\\\n", "")
-    for line in source[source.find("\n.SH"):].splitlines():
-        macro, rest = MACRO.match(line).groups() if line[:1] in (".", "'") else (None, line)
-        if macro in ("EX", "Vb", "TS", "de") or macro == "el" and rest.endswith("\\{\\"):
-            hidden = True  # programs, tables, definitions: not prose
-        elif macro in ("EE", "Ve", "TE", ".", "\\}"):
-            hidden = False
-        elif hidden:
-            continue
-        words = [quoted.replace('""', '"') or bare for quoted, bare in
-                 re.findall(r'"((?:[^"]|"")*)"?|((?:\\.|[^\s\\])+)', rest)] if macro else []
-        if macro in ("SH", "SS"):
-            flush()
-            title = tidy(unescape(" ".join(words)))
-            sections.append((title, [])) if macro == "SH" else sections[-1][1].append(title)
-            tag = verbatim = False
-        elif macro in FONT or macro is None and rest.strip():
-            # Two letters alternate between two fonts and leave no space: .BR ls (1) -> ls(1)
-            glue = "" if macro in ("BR", "IR", "RB", "RI", "BI", "IB") else " "
-            paragraph.append(glue.join(words) if macro else rest)
-            paragraph += [":"] * tag  # the term of a definition list
-            tag = False
-            if verbatim:
-                flush()
-        elif macro in ("UE", "ME") and paragraph:
-            paragraph[-1] += "".join(words)  # the punctuation after a link
-        elif macro in ("SY", "OP"):
-            paragraph.append(" ".join(words) if macro == "SY" else f"[{' '.join(words)}]")
-        elif macro is None or macro in BREAK:
-            flush()
-            tag = macro in ("TP", "TQ")
-            verbatim = macro == "nf" or verbatim and macro not in ("fi", "TP", "IP")
-            if macro == "IP" and words and (mark := unescape(words[0]).strip()):
-                colon = "" if mark[-1] in ".)" else " :"
-                paragraph.append("•" if mark in "•-*o+·" else mark + colon)
-    flush()
+
+def manual_pair(path, source):
+    """Return the pair of a manual page, or None if it has no NOM section with a summary."""
+    sections = ManualPage(source).sections
     name = next((lines[0] for title, lines in sections if title.lower() == "nom" and lines), "")
-    _, _, summary = re.sub(r"\s+[-–—]+\s+", "\0", name, count=1).partition("\0")
+    parts = re.split(r"\s+[-–—]+\s+", name, maxsplit=1)  # "ls - Afficher le contenu"
+    if len(parts) == 1:
+        return None
     document = []
     for title, lines in sections:
         lines = [line for line in lines if frenchness(line) >= 0]
         if lines and not UNWANTED.search(title):
             document += [title, *lines] if title else lines
-    return (summary.rstrip(" ."), "\n".join(document)) if summary else None
+    return {"document": "\n".join(document), "summary": parts[1].rstrip(" ."),
+            "source": "manual", "name": path.rpartition("/")[2].split(".")[0]}
 
 
-# ------------------------------------------------------------------------------- HTML and XML
+# ------------------------------------------------------------------------------------------------
+# HTML and XML
+
 
 class Page(html.parser.HTMLParser):
-    """The paragraphs of a page, one a line, without navigation, listings and legal matter."""
+    """The paragraphs of a page, in `lines`, without navigation, listings and legal notices."""
+
     BLOCK = set("""p li h1 h2 h3 h4 h5 h6 title para td th tr dt dd div br section sect1 sect2 sect3
-        item desc term entry table listitem simpara note tip body page ul ol dl figure blockquote
+        item desc term entry table listitem note tip body page ul ol dl figure blockquote
         """.split())
-    DROPPED = set("""head script style nav header footer aside pre screen programlisting info
-        bookinfo articleinfo legalnotice credit index indexterm button form select""".split())
-    DROPPED_CLASS = set("""nav navheader navfooter docnav toc toplang bottomlang sphinxsidebar
+    DROPPED = set("""head script nav header footer aside pre screen programlisting info
+        bookinfo articleinfo legalnotice indexterm button form""".split())
+    DROPPED_CLASS = set("""navheader navfooter docnav toc toplang bottomlang sphinxsidebar
         related headerlink footer legalnotice indexterm highlight programlisting revhistory
-        breadcrumbs""".split())
+        """.split())
 
     def __init__(self, source):
         super().__init__()
-        self.lines, self.words, self.dropping, self.depth = [], [], None, 0
-        # Menu paths come as neighbours: <gui>Insertion</gui><gui>Filet</gui> -> Insertion > Filet
+        self.lines = []
+        self.parts = []       # pieces of the current paragraph
+        self.dropping = None  # tag of the element being dropped
+        self.depth = 0        # number of open elements with that tag
+        # Join menu paths: <gui>Insertion</gui><gui>Filet</gui> -> Insertion > Filet
         self.feed(re.sub(r"</gui\w*>\s*<gui\w*[^>]*>", " > ", source))
         self.close()
         self.flush()
 
     def flush(self):
-        # An entity of the document's own (&konqueror;) is named after what it stands for.
-        text = tidy(re.sub(r"&([\w.-]+);", r"\1", "".join(self.words)))
+        """Close the current paragraph."""
+        # Replace an entity that the document defines by its name: &konqueror; -> konqueror
+        text = tidy(re.sub(r"&([\w.-]+);", r"\1", "".join(self.parts)))
         if text:
             self.lines.append(text)
-        self.words = []
+        self.parts = []
 
     def handle_starttag(self, tag, attributes):
+        classes = (dict(attributes).get("class") or "").split()
         if self.dropping:
             self.depth += tag == self.dropping
-        elif tag in self.DROPPED or self.DROPPED_CLASS.intersection(
-                (dict(attributes).get("class") or "").split()):
-            self.dropping, self.depth = tag, 1
+        elif tag in self.DROPPED or self.DROPPED_CLASS.intersection(classes):
+            self.dropping = tag
+            self.depth = 1
         elif tag in self.BLOCK:
-            self.flush()
-
-    def handle_startendtag(self, tag, attributes):
-        if tag in self.BLOCK and not self.dropping:
             self.flush()
 
     def handle_endtag(self, tag):
         if self.dropping == tag:
             self.depth -= 1
-            self.dropping = self.dropping if self.depth else None
+            if self.depth == 0:
+                self.dropping = None
         elif tag in self.BLOCK and not self.dropping:
             self.flush()
 
     def handle_data(self, data):
         if not self.dropping:
-            self.words.append(data)
+            self.parts.append(data)
 
 
-# ------------------------------------------------------------------------------------ choices
+# ------------------------------------------------------------------------------------------------
+# Selection
 
-def select(candidates):
-    """{part: pairs} worth learning from, with none in train that gives a held-out one away."""
-    seen, kin, parts = set(), collections.Counter(), collections.defaultdict(list)
-    held_out = {row["document"][:100] for row in candidates if split_of(row["name"]) != "train"}
+PREFIX = re.compile(r"(lib(rust-)?|python3?-|node-|r-(cran|bioc)-|golang-(git(hub|lab)(-com)?-)?|"
+                    r"ruby-|fonts-|task-|haskell-|ghc-|php\d?-|elpa-|texlive-|gir1\.2-|xfonts-)+")
+
+
+def family_of(name):
+    """Return what related packages share: libfoobar-dev and python3-foobar -> fooba."""
+    return re.sub(r"\W", "", PREFIX.sub("", name.lower(), count=1))[:5]
+
+
+def split_of(name):
+    """Assign a name to a part. A family stays together because its texts are nearly the same."""
+    percent = int(hashlib.sha256(family_of(name).encode()).hexdigest(), 16) % 100
+    return "test" if percent < 4 else "validation" if percent < 6 else "train"
+
+
+def usable(document, summary, source):
+    """Return whether the texts are French, clean and long enough."""
+    if len(document) < 60 or not 8 <= len(summary) < len(document):
+        return False
+    if source == "description" and len(document) > 8000:  # a list of contents
+        return False
+    if re.search("factice|transition", summary) or re.search("Ã©|\ufffd", document):
+        return False
+    return frenchness(document) > 0 and frenchness(summary) >= 0
+
+
+def select(candidates, part_of):
+    """Return {part: usable pairs}, without repetitions; `part_of` maps a name to its part."""
+    seen = set()
+    starts = collections.Counter()
+    families = collections.Counter()
+    parts = collections.defaultdict(list)
+    held_out_starts = {row["document"][:100] for row in candidates
+                       if part_of(row["name"]) != "train"}
     for row in candidates:
-        document, summary, part = row["document"], row["summary"], split_of(row["name"])
-        letters = re.sub(r"[\W\d_]+", "", summary + document[:400]).lower()
-        start, stem = document[:100], stem_of(row["name"])
-        if (len(document) < 60 or not 8 <= len(summary) < len(document)
-                or row["source"] == "description" and len(document) > 8000  # lists of contents
-                or frenchness(document) <= 0 or frenchness(summary) < 0
-                or re.search("factice|transition", summary) or re.search("Ã©|\ufffd", document)
-                or document in seen or letters in seen
-                # One program's eighty languages read the same: five are enough to learn from, and
-                # ten of a family to test on.
-                or kin[start] == 5 or kin[part, stem] == (10 if part != "train" else -1)
-                or part == "train" and start in held_out):
+        document, summary, part = row["document"], row["summary"], part_of(row["name"])
+        start, family = document[:100], (part, family_of(row["name"]))
+        # Two versions of a package often differ only in a number.
+        keys = {document, letters(summary + document[:400])}
+        if not usable(document, summary, row["source"]) or keys & seen:
             continue
-        seen |= {document, letters}
-        kin[start] += 1
-        kin[part, stem] += 1
+        # The packages of a program's eighty languages read the same: five are enough.
+        if starts[start] == 5:
+            continue
+        if part == "train" and start in held_out_starts:
+            continue
+        if part != "train" and families[family] == 10:
+            continue
+        seen |= keys
+        starts[start] += 1
+        families[family] += 1
         parts[part].append(row)
     return parts
 
 
-def fresh(documents):
-    """Drops lines met before (menus, notices, paragraphs that packages share) and English ones."""
+def passages(document):
+    """Return the letters of the whole document and of each paragraph over 50 characters."""
+    return {letters(line) for line in document.split("\n") if len(line) > 50} | {letters(document)}
+
+
+def without_repeats(documents):
+    """Drop lines met before (menus, notices, shared paragraphs) and lines in English."""
     met = collections.Counter()
     for document in documents:
         lines = []
@@ -349,15 +457,19 @@ def fresh(documents):
             yield text
 
 
+# ------------------------------------------------------------------------------------------------
+# Output
+
+
 def train_tokenizer(lines):
-    """A unigram model whose ids are BARThez': <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> last."""
-    model = io.BytesIO()  # given a file, the trainer would write its path into the model
+    """Train a unigram model with BARThez' ids: <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> last."""
+    model = io.BytesIO()  # With a file name, the trainer would store that path in the model.
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, vocab_size=7999, model_type="unigram",
         character_coverage=0.9995, num_threads=2, shuffle_input_sentence=False,
         bos_id=0, pad_id=1, eos_id=2, unk_id=3, minloglevel=2)
-    # The trainer cannot put a piece last. But the file is a protobuf whose field 1, repeated, holds
-    # the pieces in order; one more at its end, {1: name, 2: score, 3: type 3 (control)}, is last.
+    # The trainer cannot put a piece last. The model is a protobuf whose repeated field 1 holds the
+    # pieces in order, so append one: {1: name, 2: score, 3: type 3 (control)}.
     piece = b"\x0a\x06<mask>" + b"\x15\0\0\0\0" + b"\x18\x03"
     model.write(b"\x0a" + bytes([len(piece)]) + piece)
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -365,34 +477,46 @@ def train_tokenizer(lines):
     return tokenizer
 
 
+def write_lines(path, records):
+    """Write one JSON object per line."""
+    with open(path, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
 def main(folder):
-    index, debs = fetch(folder / "apt")
-    candidates = [dict(document=document, summary=summary, source="description", name=name)
-                  for name, summary, document in descriptions(index)]
+    index, later, debs = fetch(folder / "apt")
+
+    described = list(descriptions(index))
+    manuals = []
     pages = []
     for deb in debs.values():
         for path, text in french_files(deb):
             if "/man/" not in path:
                 pages.append("\n".join(Page(text).lines))
-            elif page := manual(text):
-                name = path.rpartition("/")[2].split(".")[0]
-                candidates.append(dict(document=page[1], summary=page[0], source="manual",
-                                       name=name))
-    parts = select(candidates)
-    pretrain = list(fresh([row["document"] for row in parts["train"]] + pages))
-    random.Random(0).shuffle(pretrain)
+            elif pair := manual_pair(path, text):
+                manuals.append(pair)
+    parts = select(described + manuals, split_of)
 
-    files = {f"pairs.{part}.jsonl": rows for part, rows in parts.items()}
-    files["pretrain.jsonl"] = [{"document": document} for document in pretrain]
-    for name, rows in files.items():
-        with open(folder / name, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # A fresh pair has a new name and shares no passage with the texts of Debian 12.
+    names = {row["name"] for row in described}
+    known = set()
+    for document in [row["document"] for row in described + manuals] + pages:
+        known |= passages(document)
+    fresh = [row for row in descriptions(later)
+             if row["name"] not in names and not passages(row["document"]) & known]
+    parts |= select(fresh, lambda name: "fresh")
+
+    pretrain = list(without_repeats([row["document"] for row in parts["train"]] + pages))
+    random.Random(0).shuffle(pretrain)
+    for part, rows in parts.items():
+        write_lines(folder / f"pairs.{part}.jsonl", rows)
+    write_lines(folder / "pretrain.jsonl", ({"document": document} for document in pretrain))
 
     lines = [line for document in pretrain for line in document.split("\n")]
     lines += [row["summary"] for row in parts["train"]]
-    # Our own sample: the trainer's would be drawn anew each time.
-    sample = random.Random(0).sample(lines, min(len(lines), 150_000))
-    tokenizer = train_tokenizer(sample)
+    # Sample here with a fixed seed: the trainer's own sampling differs from run to run.
+    tokenizer = train_tokenizer(random.Random(0).sample(lines, min(len(lines), 150_000)))
     (folder / "sentencepiece.bpe.model").write_bytes(tokenizer.serialized_model_proto())
 
     pairs = collections.Counter(f"{part} {row['source']}" for part in parts for row in parts[part])
@@ -400,7 +524,7 @@ def main(folder):
              "pretrain": {"documents": len(pretrain), "characters": sum(map(len, pretrain)),
                           "tokens": sum(map(len, tokenizer.encode(pretrain)))}}
     print(json.dumps(stats, indent=1))
-    # file names are package_version_architecture.deb, a colon written %3a
+    # File names are package_version_architecture.deb; %3a is an escaped colon.
     stats["packages"] = {package: deb.name.split("_")[1].replace("%3a", ":")
                          for package, deb in debs.items()}
     (folder / "stats.json").write_text(json.dumps(stats, indent=1) + "\n")
@@ -408,9 +532,9 @@ def main(folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=pathlib.Path, help="where to write, and to keep downloads")
+    parser.add_argument("folder", type=pathlib.Path, help="where to write and keep downloads")
     try:
         main(parser.parse_args().folder.absolute())
-    except OSError as error:  # no apt-get, no network, no room
+    except (OSError, subprocess.CalledProcessError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -46,9 +46,11 @@ generation.json         inputs {name: {input_ids, attention_mask}}; each case: m
                         "dense"), config (settings of that model), eos_bias (added to
                         final_logits_bias[0, 2]), input, mask (whether attention_mask was passed),
                         settings (arguments of generate), output (its ids).
-saved.json, .safetensors  a folder that our own load_weights.py wrote with these `arguments`, as
-                        the original reads it: its `config` (the text of config.json), the logits
-                        and generated ids of `input`, and tokenizer's ids and model_max_length.
+saved.json, .safetensors  how the original reads two folders that our code wrote: "converted", by
+                        the command line of load_weights.py with these `arguments`, and "saved",
+                        which is the same model by save_model. `configs` are the texts of their
+                        config.json. Both give the same logits and generated ids of `input`, and
+                        the same ids and model_max_length of the tokenizer.
 tokenizer.json          encode: [text, ids]; pairs: [text, pair, ids]; call: arguments and what came
                         back; decode: [ids, text, text without special tokens], no clean-up.
 """
@@ -569,26 +571,40 @@ def make_heads(folder, inputs):
 # --------------------------------------------------------------------------------------- generation
 
 def make_saved(folder, inputs):
-    """What the original makes of a folder that this project saved."""
-    arguments = ["--max-position-embeddings", "1300", "--num-global-tokens", "5", "--block-size",
-                 "8", "--sparse-block-size", "8", "--sparsity-type", "pooling"]
-    subprocess.run([sys.executable, HERE.parents[1] / "load_weights.py", PLAIN, "--output", folder,
+    """What the original makes of two folders that this project wrote."""
+    project = HERE.parents[1]
+    arguments = ["--max-position-embeddings", "1300", "--set", "num_global_tokens=5",
+                 "block_size=8", "sparse_block_size=8", "sparsity_type=pooling"]
+    converted, saved = folder / "converted", folder / "saved"
+    subprocess.run([sys.executable, project / "load_weights.py", PLAIN, "--output", converted,
                     *arguments], check=True)
+    save_again = ("import sys; from barthez import load_model, save_model; "
+                  "model, tokenizer = load_model(sys.argv[1]); "
+                  "save_model(model, tokenizer, sys.argv[2])")
+    subprocess.run([sys.executable, "-c", save_again, converted, saved], cwd=project, check=True)
+    logits, results = read_with_original(converted, inputs["two_80_43"])
+    logits_again, results_again = read_with_original(saved, inputs["two_80_43"])
+    assert torch.equal(logits, logits_again) and results == results_again
+    configs = {path.name: (path / "config.json").read_text() for path in (converted, saved)}
+    write_json(HERE / "saved.json", {"arguments": arguments, "configs": configs,
+                                     "input": "two_80_43", **results})
+    save_file({"logits": logits.contiguous()}, HERE / "saved.safetensors", {"format": "pt"})
+
+
+def read_with_original(folder, inputs):
+    """The original's logits for the inputs, and what it generates and tokenizes."""
     model, info = original.LSGMBartForConditionalGeneration.from_pretrained(
         folder, output_loading_info=True)
     assert not info["unexpected_keys"] and not info["mismatched_keys"], info
     tokenizer = BarthezTokenizer.from_pretrained(folder)
-    given = {name: inputs["two_80_43"][name] for name in ("input_ids", "attention_mask", "labels")}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with torch.no_grad():
-        logits = model.eval()(**given).logits
-    ids = model.generate(given["input_ids"], attention_mask=given["attention_mask"], max_length=20)
+        logits = model.eval()(ids, attention_mask=mask, labels=inputs["labels"]).logits
+    generated = model.generate(ids, attention_mask=mask, max_length=20)
     text = "« Où est-elle ? »"
-    write_json(HERE / "saved.json", {
-        "arguments": arguments, "config": (folder / "config.json").read_text(),
-        "input": "two_80_43", "ids": ids.tolist(),
-        "text": text, "text_ids": tokenizer(text)["input_ids"],
-        "model_max_length": tokenizer.model_max_length})
-    save_file({"logits": logits.contiguous()}, HERE / "saved.safetensors", {"format": "pt"})
+    text_ids = tokenizer(text)["input_ids"]
+    return logits, {"ids": generated.tolist(), "text": text, "text_ids": text_ids,
+                    "model_max_length": tokenizer.model_max_length}
 
 
 def make_generation(folder, vocab_size):
@@ -787,7 +803,7 @@ def main():
         make_lsg(folder / "lsg", inputs)
         make_gradients(folder / "lsg", inputs)
         make_heads(folder / "lsg", inputs)
-        make_saved(folder / "saved", inputs)
+        make_saved(folder, inputs)
         make_generation(folder / "lsg", vocab_size)
 
 

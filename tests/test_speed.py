@@ -1,0 +1,360 @@
+"""The code that is there for speed changes no result: all is equal after it has been deleted."""
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cpu
+import lsg
+from barthez import BarthezConfig, BarthezForConditionalGeneration, init_weights
+from conftest import GOLDENS, assert_close
+
+ROOT = Path(__file__).parent.parent
+FILES = "lsg.py", "barthez.py", "beam_search.py", "cpu.py", "tokenizer.py", "load_weights.py"
+EOS = 2
+DOCUMENT = torch.tensor([[0, 5, 9, EOS]])
+every_attention = pytest.mark.parametrize("kind", lsg.SPARSITY_TYPES[:-1] + ("dense",))
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(),
+                                  reason="this torch is built without oneDNN")
+
+
+def tiny_model(seed=3):
+    """As `load_model` returns it: with accelerated products, in evaluation mode."""
+    config = BarthezConfig(
+        vocab_size=17, d_model=12, encoder_layers=1, decoder_layers=2, encoder_attention_heads=3,
+        decoder_attention_heads=2, encoder_ffn_dim=10, decoder_ffn_dim=14, block_size=4,
+        sparse_block_size=4, max_position_embeddings=1300, decoder_start_token_id=EOS)
+    torch.manual_seed(seed)
+    model = BarthezForConditionalGeneration(config).eval()
+    init_weights(model, std=0.6)
+    return cpu.accelerate(model)
+
+
+@pytest.fixture
+def convolution(monkeypatch):
+    """Products are convolutions, even if that is slower here. Holds the number of convolutions."""
+    calls, conv2d = [], F.conv2d
+
+    def counted(*inputs):
+        calls.append("conv2d")
+        return conv2d(*inputs)
+
+    monkeypatch.setattr(cpu, "convolution_is_faster", lambda: True)
+    monkeypatch.setattr(F, "conv2d", counted)
+    return calls
+
+
+# ------------------------------------------------------------------------------------------------
+# The whole model, with and without the code
+
+RESULTS = """
+import sys
+
+import torch
+
+from barthez import load_model
+from lsg import SPARSITY_TYPES
+
+try:
+    import cpu
+    cpu.convolution_is_faster = lambda: True  # take this path on all processors
+except ModuleNotFoundError:
+    assert "full" not in sys.argv
+
+checkpoint, output, _ = sys.argv[1:]
+torch.set_num_threads(1)
+torch.manual_seed(0)
+ids = torch.randint(4, 180, (2, 1100))  # long enough for attention and feed-forward in pieces
+ids[1, 700:] = 1
+labels = torch.randint(4, 180, (2, 40))
+results = {}
+
+
+def load(**changes):
+    return load_model(checkpoint, max_position_embeddings=2000, dropout=0.0, attention_dropout=0.0,
+                      activation_dropout=0.0, block_size=64, sparse_block_size=64, **changes)[0]
+
+
+for kind in SPARSITY_TYPES[:-1] + ("dense",):
+    lsg = kind != "dense"
+    changes = {"sparsity_type": kind, "num_global_tokens": 3} if lsg else {}
+    # In float64, rounding never decides to which direction a key is nearest.
+    model = load(lsg=lsg, dtype="float64" if kind == "lsh" else None, **changes)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        states, visible = model.model.encoder(ids, ids != 1)
+    results[f"states {kind}"] = states, visible
+
+    torch.manual_seed(1)
+    out = model.train()(ids, ids != 1, labels=labels)
+    out.loss.backward()
+    results[f"logits {kind}"] = out.logits.detach(), out.loss.detach()
+    results[f"gradients {kind}"] = tuple(parameter.grad for parameter in model.parameters())
+
+for lsg in True, False:
+    for num_beams in 1, 4:
+        generated = load(lsg=lsg).generate(ids[:, :400], num_beams=num_beams, max_length=25,
+                                           num_return_sequences=num_beams, min_length=15)
+        results[f"ids lsg={lsg} num_beams={num_beams}"] = generated,
+torch.save(results, output)
+"""
+
+
+def without_calls_of_cpu(source):
+    """The source of barthez.py without what it imports from cpu.py, deleted as a reader would."""
+    imported, = re.findall(r"^from cpu import (.*)\n", source, flags=re.M)
+    names = imported.replace(", ", "|")
+    source = re.sub(r"^from cpu import .*\n", "", source, flags=re.M)
+    source = re.sub(rf"^ *@({names})\n", "", source, flags=re.M)  # decorators
+    source = re.sub(rf"^ *({names})\([^()]*\)\n", "", source, flags=re.M)  # statements
+    source = re.sub(rf"\b({names})\((.*)\)", r"\2", source)  # calls in a line: keep the argument
+    assert not re.search(rf"\b({names})\b", source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The results of the whole project, and those without the code for speed."""
+    both = []
+    for version in "full", "plain":
+        folder = tmp_path_factory.mktemp(version)
+        sources = {name: (ROOT / name).read_text("utf-8") for name in FILES}
+        if version == "plain":
+            kept, heading, _ = sources["lsg.py"].partition("# Speed. ")
+            assert heading
+            sources["lsg.py"] = kept
+            del sources["cpu.py"]
+            sources["barthez.py"] = without_calls_of_cpu(sources["barthez.py"])
+        for name, source in sources.items():
+            (folder / name).write_text(source, "utf-8")
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        command = [sys.executable, "-c", RESULTS, GOLDENS / "plain", folder / "results", version]
+        subprocess.run(command, cwd=folder, env=environment, check=True)
+        both.append(torch.load(folder / "results"))
+    return both
+
+
+@every_attention
+def test_states_and_logits_are_equal_without_the_speed_code(results, kind):
+    for name in f"states {kind}", f"logits {kind}":
+        full, plain = (version[name] for version in results)
+        for a, b in zip(full, plain, strict=True):
+            assert_close(a.double(), b.double())
+
+
+@every_attention
+def test_gradients_are_equal_without_the_speed_code(results, kind):
+    full, plain = (version[f"gradients {kind}"] for version in results)
+    for a, b in zip(full, plain, strict=True):
+        assert_close(a, b)
+
+
+def test_generated_ids_are_equal_without_the_speed_code(results):
+    names = [name for name in results[0] if name.startswith("ids ")]
+    assert len(names) == 4
+    for name in names:
+        full, plain = (version[name][0].tolist() for version in results)
+        assert full == plain
+        assert len(full[0]) > 15, "the texts are too short to prove anything"
+
+
+# ------------------------------------------------------------------------------------------------
+# Attention in pieces
+
+
+def attention_in_pieces(*inputs, dropout_p=0.0):
+    """With three pieces of two heads: the table of 28 blocks and 321 keys has 8,988 entries."""
+    torch.manual_seed(7)
+    return lsg.lsg_attention(*inputs, block_size=64, sparse_block_size=64, sparsity_type="stride",
+                             dropout_p=dropout_p)
+
+
+def test_dropout_in_pieces_has_the_right_gradient():
+    """The backward pass computes the pieces again. It must draw the same dropout."""
+    inputs = torch.randn(3, 1, 6, 1 + 28 * 64, 2, dtype=torch.float64)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = attention_in_pieces(*leaves, dropout_p=0.3)
+    weights, direction = torch.randn_like(out), torch.randn_like(inputs)
+    gradient = torch.stack(torch.autograd.grad((out * weights).sum(), leaves))
+    above, below = (attention_in_pieces(*inputs + step * direction, dropout_p=0.3)
+                    for step in (1e-6, -1e-6))
+    expected = ((above - below) * weights).sum() / 2e-6
+    assert (out - attention_in_pieces(*inputs)).abs().max() > 1e-3, "nothing is dropped"
+    assert_close((gradient * direction).sum() / expected, torch.ones_like(expected), 1e-6)
+
+
+def test_training_does_not_keep_the_gathered_keys():
+    inputs = torch.randn(3, 1, 6, 1 + 28 * 64, 16).unbind()
+    leaves = [x.requires_grad_() for x in inputs]
+    sizes = []
+
+    def keep(x):
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        attention_in_pieces(*leaves)
+    assert sum(sizes) < 2 * 6 * 28 * 321 * 16  # the numbers in the keys and values of all blocks
+
+
+# ------------------------------------------------------------------------------------------------
+# Products
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 300, 7), (511, 7), (512, 7)])
+def test_accelerated_products_equal_f_linear(shape, dtype, bias, convolution):
+    layer = cpu.accelerate(nn.Linear(7, 11, bias).to(dtype))
+    x = torch.randn(*shape[:-1], 14, dtype=dtype)[..., ::2].requires_grad_()  # not contiguous
+    leaves = [x, *layer.parameters()]
+    actual, expected = layer(x), F.linear(x, layer.weight, layer.bias)
+    many_rows = x.numel() >= 512 * 7
+    assert len(convolution) == (dtype == torch.float32 and many_rows)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    assert_close(actual, expected, tolerance)
+    weights = torch.randn_like(expected) / (x.numel() / 7)
+    actual_grads = torch.autograd.grad(actual, leaves, weights)
+    expected_grads = torch.autograd.grad(expected, leaves, weights)
+    for a, e in zip(actual_grads, expected_grads):
+        assert_close(a, e, tolerance)
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", [(1, 7), (3, 5, 7), (2, 300, 7)])
+def test_packed_products_equal_f_linear(shape, dtype, tolerance, bias):
+    layer, x = cpu.accelerate(nn.Linear(7, 11, bias).to(dtype)), torch.randn(shape, dtype=dtype)
+    try:
+        layer.packed_weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+    except RuntimeError:
+        pytest.skip(f"oneDNN has no {dtype} here")
+    with torch.no_grad():
+        assert_close(layer(x), F.linear(x, layer.weight, layer.bias), tolerance)
+
+
+def test_accelerate_keeps_parameters_and_names():
+    model = tiny_model()
+    before = dict(model.named_parameters())
+    assert cpu.accelerate(model) is model
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+    assert model.lm_head.weight is model.model.shared.weight
+
+
+def test_no_convolution_is_used_without_onednn(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    cpu.convolution_is_faster.cache_clear()
+    assert cpu.convolution_is_faster() is False
+    cpu.convolution_is_faster.cache_clear()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_encoder_compiles_to_one_graph(training, convolution):
+    encoder = tiny_model().train(training).model.encoder
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    ids = torch.randint(4, 17, (1, 1200))  # long enough for convolutions and pieces
+    expected = encoder(ids)[0]
+    assert convolution
+    assert_close(compiled(ids)[0], expected)
+
+
+# ------------------------------------------------------------------------------------------------
+# Packed weights
+
+
+@needs_onednn
+def test_weights_are_packed_only_while_generating():
+    model = tiny_model()
+    layers = [*model.model.decoder.layers[1].modules(), model.lm_head]
+    layers = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    assert len(layers) == 11
+
+    def check(*step):
+        assert all(layer.packed_weight is not None for layer in layers)
+
+    def stop(*step):
+        check()
+        raise KeyboardInterrupt
+
+    model.generate(DOCUMENT, max_length=5, progress=check)
+    assert all(layer.packed_weight is None for layer in layers)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(DOCUMENT, progress=stop)
+    assert all(layer.packed_weight is None for layer in layers)
+
+
+def test_new_weights_give_new_texts():
+    model, other = tiny_model(3), tiny_model(5)
+    settings = {"num_beams": 3, "max_length": 9, "min_length": 6}
+    first, expected = model.generate(DOCUMENT, **settings), other.generate(DOCUMENT, **settings)
+    model.load_state_dict(other.state_dict())
+    assert model.generate(DOCUMENT, **settings).equal(expected) and not first.equal(expected)
+
+
+def test_two_threads_may_generate_with_one_model():
+    model, texts = tiny_model(), []
+    settings = {"num_beams": 2, "max_length": 40, "min_length": 39}
+    expected = model.generate(DOCUMENT, **settings)
+    threads = [threading.Thread(target=lambda: texts.append(model.generate(DOCUMENT, **settings)))
+               for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 2 and all(text.equal(expected) for text in texts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_types_that_cannot_be_packed_give_the_same_text(dtype):
+    settings = {"num_beams": 3, "max_length": 9}
+    expected = tiny_model().generate(DOCUMENT, **settings)
+    assert tiny_model().to(dtype).generate(DOCUMENT, **settings).equal(expected)
+
+
+def test_nothing_is_packed_under_autocast():
+    model, packed = tiny_model(), []
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(DOCUMENT, max_length=9, progress=lambda *step: packed.append(
+            model.lm_head.packed_weight is not None))
+    assert packed and not any(packed)
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_keep_freed_memory_sets_two_options_of_glibc(monkeypatch):
+    class Library:
+        calls = []
+
+        def mallopt(self, option, value):
+            self.calls.append((option, value))
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
+    cpu.keep_freed_memory()
+    assert Library.calls == [(-4, 0), (-1, 2**31 - 1)]
+
+
+def test_keep_freed_memory_does_nothing_without_glibc(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    cpu.keep_freed_memory()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # a library without mallopt
+    cpu.keep_freed_memory()
