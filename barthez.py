@@ -7,13 +7,15 @@ Sequence-to-Sequence Model" (2020), arXiv:2010.12321, after Y. Liu et al., arXiv
 Official code: transformers 4.36.2, models/mbart/modeling_mbart.py; with LSG, lsg-converter 0.1.9,
 lsg_converter/mbart/modeling_lsg_mbart.py. Modules have the names of the checkpoint.
 
-The walk of a document: main -> load_model -> read_checkpoint (load_weights.py) -> text to ids
-(tokenizer.py) -> generate -> Encoder -> lsg_attention (lsg.py) -> Decoder and beam_search
-(beam_search.py) -> ids to text.
+The walk of a document: main -> summarize_files -> load_model -> read_checkpoint (load_weights.py),
+build_model -> summarize -> text to ids (tokenizer.py) -> generate -> Encoder -> lsg_attention
+(lsg.py) -> beam_search (beam_search.py), each step through the Decoder -> ids to text. Whatever
+comes from cpu.py changes the speed and no result.
 
 Letters used for shapes:
-    B batch    H heads    D head dimension    E d_model    V vocabulary
-    T tokens of the sequence that attends     S tokens of the encoded document, globals included
+    B batch    H heads    D head dimension    E d_model    V vocabulary    G global tokens
+    T tokens of the sequence that attends     S tokens that it attends to; in cross-attention, those
+                                              of the encoded document, globals included
 """
 
 import argparse
@@ -49,7 +51,8 @@ TOKEN_IDS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_toke
              "forced_eos_token_id")
 BEAM_SETTINGS = ("num_beams", "num_return_sequences", "max_length", "min_length", "length_penalty",
                  "no_repeat_ngram_size", "early_stopping")
-HEADS = "lm_head.", "final_logits_bias", "classification_head.", "qa_outputs."
+OTHER_HEADS = "classification_head.", "qa_outputs."
+HEADS = ("lm_head.", "final_logits_bias") + OTHER_HEADS
 NUM_GLOBAL_EMBEDDINGS = 512  # rows of the published table; the first num_global_tokens are used
 
 
@@ -131,7 +134,9 @@ class BarthezConfig:
             raise ValueError(f"num_return_sequences={self.num_return_sequences} is more than "
                              f"num_beams={self.num_beams}")
         if self.lsg:
-            check_options(*(getattr(self, name) for name in LSG_OPTIONS[:-1]))
+            options = {name: getattr(self, name) for name in LSG_OPTIONS}
+            del options["adaptive"]
+            check_options(**options)
 
     @classmethod
     def from_dict(cls, settings):
@@ -153,7 +158,7 @@ class BarthezConfig:
         return len(self.id2label)
 
 
-LIMITS = {  # least and greatest value of numbers in config.json; for all others 1 to a million
+LIMITS = {  # (least, greatest) value of the numbers in config.json; default: 1 to a million
     **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "classifier_dropout",
                      "encoder_layerdrop", "decoder_layerdrop"), (0, 1)),
     **dict.fromkeys(TOKEN_IDS, (0, 10**7)), "vocab_size": (1, 10**7),
@@ -185,7 +190,7 @@ def check_field(name, value, kind):
 
 
 def label_names(id2label, num_labels):
-    """{index: name}, from what config.json has of them."""
+    """The labels as {index: name}, from the values of config.json."""
     id2label = id2label or {}
     check_field("id2label", id2label, dict)
     if num_labels is None:
@@ -240,7 +245,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention and feed-forward, each normalized before and added to what came in."""
+    """Self-attention and feed-forward. Each normalizes its input and is added to it (pre-norm)."""
 
     def __init__(self, config, num_heads, ffn_dim, attend=full_attention):
         super().__init__()
@@ -330,12 +335,11 @@ class Stack(nn.Module):
         self.layer_norm = nn.LayerNorm(config.d_model)
         self.gradient_checkpointing = False  # True: training keeps only the inputs of each layer
 
-    def embed(self, input_ids, first_position=0, length=None):
-        """Token and position embeddings (B, T, E) of input_ids (B, T)."""
-        positions = self.embed_positions(first_position, length or input_ids.shape[1])
+    def embed(self, input_ids, positions):
+        """Token embeddings of input_ids (B, T), plus positions (T or 1, E): (B, T, E)."""
         return self.embed_tokens(input_ids) * self.embed_scale + positions
 
-    def run(self, layer, x, *inputs):
+    def run_layer(self, layer, x, *inputs):
         if self.training and self.layerdrop and torch.rand(()) < self.layerdrop:
             return x
         if self.training and self.gradient_checkpointing:
@@ -360,7 +364,7 @@ class Encoder(Stack):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
         visible = boolean_mask(attention_mask)
-        x = self.embed(input_ids)  # (B, T, E)
+        x = self.embed(input_ids, self.embed_positions(0, input_ids.shape[1]))  # (B, T, E)
         if config.lsg:
             G = config.num_global_tokens
             global_tokens = self.global_embeddings.weight[:G].expand(len(x), -1, -1)
@@ -369,13 +373,14 @@ class Encoder(Stack):
                 visible = torch.cat([torch.zeros_like(visible[:, :1]), visible[:, 1:]], dim=1)
             visible = F.pad(visible, (G, 0), value=True)  # (B, G + T)
         x = self.dropout(self.layernorm_embedding(x))
-        keys_visible = visible if config.lsg else visible[:, None, None]
+        # lsg_attention takes (B, S), full_attention (B, 1, 1, S).
+        layer_visible = visible if config.lsg else visible[:, None, None]
         for layer in self.layers:
-            x = self.run(layer, x, keys_visible)
+            x = self.run_layer(layer, x, layer_visible)
         x = self.layer_norm(x)
 
         if config.lsg and not config.pass_global_tokens_to_decoder:
-            # With mask_first_token nothing of <s> remains: the global token replaces it as well.
+            # With mask_first_token the state of <s> is useless: the global token replaces it, too.
             first = 0 if config.pool_with_global or config.mask_first_token else G
             x = torch.cat([x[:, first:first + 1], x[:, G + 1:]], dim=1)  # (B, T, E)
             visible = visible[:, G:]
@@ -396,23 +401,24 @@ class Decoder(Stack):
         """input_ids (B, T), cross_visible (B, S) -> states (B, T, E).
 
         visible (B, 1, T, T): which tokens each token sees; default: itself and those before it.
-        cache: see beam_search.Cache. The T tokens are then the newest ones of the beams, and all
-        have the same position.
+        cache: see beam_search.Cache. The T tokens are then the newest ones of the beams of each
+        document: they have the same position, see the same document, and their own histories.
         """
+        T = input_ids.shape[1]
         if cache is not None:
-            visible = cache.next_step()
-            x = self.embed(input_ids, cache.position, length=1)  # (B, beams, E)
+            visible = cache.next_step()  # (B, 1, beams, all tokens written so far)
+            positions = self.embed_positions(cache.position, 1)  # (1, E)
         else:
-            x = self.embed(input_ids)  # (B, T, E)
+            positions = self.embed_positions(0, T)  # (T, E)
         if visible is None:
-            T = input_ids.shape[1]
-            visible = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+            visible = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()
         if cross_visible is not None:
             cross_visible = cross_visible[:, None, None]  # (B, 1, 1, S)
-        x = self.dropout(self.layernorm_embedding(x))
+        x = self.dropout(self.layernorm_embedding(self.embed(input_ids, positions)))
         for i, layer in enumerate(self.layers):
-            x = self.run(layer, x, visible, cross_kv[i] if cross_kv else None, cross_visible,
-                         cache.layers[i] if cache else None)
+            layer_kv = None if cross_kv is None else cross_kv[i]
+            layer_cache = None if cache is None else cache.layers[i]
+            x = self.run_layer(layer, x, visible, layer_kv, cross_visible, layer_cache)
         return self.layer_norm(x)
 
 
@@ -431,7 +437,7 @@ class BarthezModel(nn.Module):
         self.decoder = Decoder(config, self.shared)
 
     def forward(self, input_ids, attention_mask=None, decoder_input_ids=None):
-        """All (B, T). decoder_input_ids default to the input, shifted right."""
+        """All (B, length). decoder_input_ids default to the input, shifted right."""
         if decoder_input_ids is None:
             decoder_input_ids = shift_right(input_ids, self.config.pad_token_id)
         encoder_states, visible = self.encoder(input_ids, attention_mask)
@@ -451,7 +457,7 @@ def shift_right(ids, pad_token_id):
 
 
 class BarthezForConditionalGeneration(nn.Module):
-    """Writes text: summaries, titles, the words behind a <mask>."""
+    """Writes text: summaries, titles, the words that <mask> hides."""
 
     def __init__(self, config):
         super().__init__()
@@ -466,7 +472,7 @@ class BarthezForConditionalGeneration(nn.Module):
         return self.lm_head(states) + self.final_logits_bias
 
     def forward(self, input_ids, attention_mask=None, decoder_input_ids=None, labels=None):
-        """All (B, T) -> logits (B, T, V). Labels of -100 do not count in the loss."""
+        """All (B, length) -> logits (B, T, V), T of the decoder. Labels of -100 do not count."""
         if labels is not None and decoder_input_ids is None:
             decoder_input_ids = shift_right(labels, self.config.pad_token_id)
         out = self.model(input_ids, attention_mask, decoder_input_ids)
@@ -507,7 +513,7 @@ class BarthezForConditionalGeneration(nn.Module):
             cross_kv = self.model.decoder.cross_kv(states)
             cache = Cache(config, len(input_ids), max_length, like=states)
 
-            def next_logits(tokens):
+            def next_logits(tokens):  # (B, beams) -> (B, beams, V)
                 return self.logits(self.model.decoder(tokens, cross_kv, visible, cache=cache))
 
             start = input_ids.new_full((len(input_ids),), start_id)
@@ -527,7 +533,7 @@ def evaluation_mode(model):
 
 
 class BarthezForSequenceClassification(nn.Module):
-    """A label for a text. The decoder reads the text again; the state of its last </s> decides."""
+    """A label for a text, from the decoder's state at the position of the last </s>."""
 
     def __init__(self, config):
         super().__init__()
@@ -544,7 +550,7 @@ class BarthezForSequenceClassification(nn.Module):
         if not is_eos.any(1).all():
             raise ValueError("a text without </s> cannot be classified: end it with "
                              f"eos_token_id={self.config.eos_token_id}")
-        last = is_eos.cumsum(1).argmax(1)  # where the count is complete for the first time
+        last = is_eos.cumsum(1).argmax(1)  # the first of the positions with the largest count
         x = out.last_hidden_state[torch.arange(len(last)), last]  # (B, E)
         drop = partial(F.dropout, p=self.config.classifier_dropout, training=self.training)
         x = torch.tanh(self.classification_head["dense"](drop(x)))
@@ -636,13 +642,14 @@ def load_model(source, *, revision=None, architecture=None, device=None, dtype=N
     revision: a branch, tag, commit or refs/pr/N on the Hub.
     architecture: one of ARCHITECTURES; default: the one that config.json names.
     device, dtype: where and how the weights are kept; default: the CPU and float32.
-    lsg: False gives full attention. With LSG, a BARThez that is not LSG yet is converted, to 4,096
-        positions unless max_position_embeddings is given.
+    lsg: False gives full attention. Otherwise a BARThez without global tokens is converted to LSG,
+        with 4,096 positions or the given max_position_embeddings.
     overrides: keys of config.json, such as sparsity_type="pooling" or num_global_tokens=16.
     Raises ValueError or OSError; the message says what is wrong and what to do.
     """
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
-    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+             "float64": torch.float64, None: torch.float32}
+    if dtype not in types and dtype not in types.values():
         raise ValueError(f"{dtype=}: choose float32, bfloat16, float16 or float64")
     try:
         torch.zeros(1, device=device).item()
@@ -667,7 +674,7 @@ def load_model(source, *, revision=None, architecture=None, device=None, dtype=N
     except ValueError as error:
         raise ValueError(f"{source} cannot be loaded: {error}") from None
     tokenizer.model_max_length = config.max_position_embeddings
-    model = model.to(device, dtype).eval()
+    model = model.to(device, types.get(dtype, dtype)).eval()
     accelerate(model)
     return model, tokenizer
 
@@ -686,10 +693,10 @@ class HeadWarning(UserWarning):
 
 
 def build_model(config, architecture, tensors):
-    """The model whose parameters are the given tensors, named as read_checkpoint does.
+    """The model whose parameters are the given tensors, with the names of read_checkpoint.
 
-    Raises ValueError that names all missing, unexpected and misshapen tensors. A checkpoint may
-    serve another task than its own: warns if the model's head is new or the checkpoint's unused.
+    Raises ValueError that names all missing, unexpected and misshapen tensors. Warns if the
+    checkpoint lacks the model's head, or has a head that the model does not use.
     """
     with torch.device("meta"), SkipInit():
         model = ARCHITECTURES[architecture](config)
@@ -715,7 +722,7 @@ def build_model(config, architecture, tensors):
     for name in new:
         tensors[name] = torch.zeros(state[name].shape)
     embedding = tensors[EMBEDDING.removeprefix("model.") if architecture == "Model" else EMBEDDING]
-    shared = nn.Parameter(embedding)  # one parameter for all tied matrices
+    shared = nn.Parameter(embedding)  # read_checkpoint has one tensor for all tied matrices
     model.load_state_dict({name: shared if tensors[name] is embedding else tensors[name]
                            for name in state}, assign=True)
 
@@ -723,7 +730,7 @@ def build_model(config, architecture, tensors):
         warnings.warn(f"the checkpoint has no {head}: it is initialized and needs training",
                       HeadWarning)
         init_weights(model.get_submodule(head), config.init_std)
-    if hasattr(model, "lm_head") and any(name.startswith(HEADS[2:]) for name in unused):
+    if hasattr(model, "lm_head") and any(name.startswith(OTHER_HEADS) for name in unused):
         warnings.warn("the checkpoint was made for another task: its head is not used",
                       HeadWarning)
     return model
@@ -836,7 +843,8 @@ def load(arguments, task, overrides):
     architecture = "ForConditionalGeneration"
     if task == "classify":
         architecture = "ForSequenceClassification"
-    options = overrides | {"architecture": architecture, "device": device, "dtype": arguments.dtype}
+    options = overrides | {"architecture": architecture, "device": device,
+                           "dtype": arguments.dtype, "num_return_sequences": 1}
     if arguments.dense:
         options["lsg"] = False
     with warnings.catch_warnings():
@@ -844,12 +852,13 @@ def load(arguments, task, overrides):
         try:
             return load_model(source, revision=arguments.revision, **options)
         except HeadWarning as warning:
-            raise ValueError(f"{source} cannot {task}: {warning}") from None
+            option = task.replace("_", "-")
+            raise ValueError(f"{source} was not made for --{option}: {warning}") from None
         except NoNetwork as error:
             if arguments.model is not None or task != "summarize":
                 raise
-            notice(f"{error} Using the small bundled model instead. It knows descriptions of "
-                   "software and manual pages only.")
+            notice(f"{error} Using the small bundled model instead. It was trained only on "
+                   "descriptions of software and manual pages.")
             return load_model("tiny", **options)
 
 
@@ -893,11 +902,11 @@ def read_text(name):
     return text
 
 
-def summarize(model, tokenizer, name, text, max_length=None):
-    """The summary of a text, of which max_length tokens are read. `name` is for notices."""
-    if max_length is None:
-        max_length = tokenizer.model_max_length
-    whole, ids = len(tokenizer.encode(text)), tokenizer.encode(text, max_length=max_length)
+def summarize(model, tokenizer, name, text, max_source_length=None):
+    """The summary of the first max_source_length tokens of a text. `name` is for notices."""
+    if max_source_length is None:
+        max_source_length = tokenizer.model_max_length
+    ids, whole = tokenizer.encode(text, max_length=max_source_length), len(tokenizer.encode(text))
     if len(ids) < whole:
         notice(f"{name}: reading the first {len(ids):,} of {whole:,} tokens; --max-source-length "
                f"{whole} reads all")
@@ -929,9 +938,13 @@ def fill_mask(text, model, tokenizer):
 
 @torch.inference_mode()
 def classify(text, model, tokenizer):
-    """Print the label of the text and its probability."""
+    """Print the label of the text and its probability, or the number that a regression predicts."""
     ids = tokenizer(text, truncation=True)["input_ids"].to(model.model.shared.weight.device)
-    probability, label = model(ids).logits[0].float().softmax(-1).max(-1)
+    logits = model(ids).logits[0].float()  # (num_labels,)
+    if len(logits) == 1:
+        print(f"{logits.item():.3f}")
+        return
+    probability, label = logits.softmax(-1).max(-1)
     print(f"{model.config.id2label[label.item()]} {probability:.3f}")
 
 

@@ -4,30 +4,31 @@ Paper: C. Condevaux and S. Harispe, "LSG Attention: Extrapolation of pretrained 
 sequences" (2022), arXiv:2210.15497. Official code: lsg-converter 0.1.9,
 lsg_converter/mbart/modeling_lsg_mbart.py. This file needs torch alone; copy it.
 
-A sequence is num_global_tokens global tokens followed by the text. The text is cut into blocks of
-block_size tokens, and all queries of a block see the same keys:
+The first num_global_tokens tokens of a sequence are global; the text follows. The text is cut into
+blocks of block_size tokens, and all queries of a block see the same keys:
 
     global  the global tokens
     local   the block and its two neighbors
-    sparse  beyond these, a subsample of the text that keeps one key per sparsity_factor tokens:
-            sparse_block_size of its keys on either side
+    sparse  beyond these, a subsample of the text that has one key per sparsity_factor tokens:
+            sparse_block_size of these keys on either side
 
 With block_size=4, sparsity_factor=2 and sparse_block_size=2, the four queries of block 3 see:
 
             global  block 0  block 1  block 2  block 3  block 4  block 5  block 6
                g    . . . .  s . s .  l l l l  l l l l  l l l l  s . s .  . . . .
 
-A query costs num_global_tokens + 3 * block_size + 2 * sparse_block_size keys, however long the text
-is. Global queries see every token. `key_table` decides which keys a block sees, and the functions
-under *Sparse keys* decide which tokens the subsample keeps.
+A query sees at most num_global_tokens + 3 * block_size + 2 * sparse_block_size keys, however long
+the text is. Global queries see every token. `key_table` decides which keys a block sees, and the
+functions under *Sparse keys* make the subsample.
 
 Letters used for shapes:
     B batch    H heads    D head dimension    T tokens, of which the first G are global
-    N blocks   K keys seen by a block         M keys to choose from: globals, text, sparse keys
+    N blocks   K keys seen by a block         M sparse keys, about text length / sparsity_factor
+    J keys to choose from: G globals, N * block_size tokens of text, M sparse keys
 """
 
 import math
-from functools import partial
+from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +40,16 @@ SPARSITY_TYPES = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooli
 def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, sparse_block_size=128,
                   sparsity_factor=2, sparsity_type="norm", num_global_tokens=1,
                   lsh_num_pre_rounds=1, adaptive=True, dropout_p=0.0):
-    """LSG attention in place of `scaled_dot_product_attention`. Up to 2 * block_size tokens of text
-    get full attention.
+    """Bidirectional self-attention. A text of at most 2 * block_size tokens gets full attention.
 
     query, key, value: (B, H, T, D), the global tokens first.
     attention_mask: (B, T), True or 1 where a key may be seen. A query that sees no key returns 0.
-    sparsity_type: "none" or None leaves out the sparse keys, as does sparse_block_size=0.
-    adaptive: pad a text whose length is not a multiple of block_size. Otherwise raises ValueError.
+    block_size, sparse_block_size, sparsity_factor, num_global_tokens: see the top of this file.
+    sparsity_type: how the text is subsampled; see *Sparse keys*. "none" or None leaves out the
+        sparse keys, as does sparse_block_size=0 or sparsity_factor=0. "lsh" is random: it draws
+        torch.randn at each call.
+    adaptive: False raises ValueError for a text that has to be padded to whole blocks.
+    dropout_p: of attention weights; pass 0 in evaluation.
     Returns (B, H, T, D). Raises ValueError if the options do not fit together.
 
     >>> x = torch.randn(1, 2, 1 + 64, 8)
@@ -83,9 +87,9 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
         sparse_key, sparse_value, sparse_visible = sparse_keys(
             query[:, :, G], key[:, :, G:], value[:, :, G:], visible[:, :, G:].expand(-1, H, -1),
             block_size, sparse_block_size, sparsity_factor, sparsity_type, lsh_num_pre_rounds)
-        key = torch.cat([key, sparse_key], dim=2)  # (B, H, M, D)
-        value = torch.cat([value, sparse_value], dim=2)
-        visible = torch.cat([visible.expand(-1, H, -1), sparse_visible], dim=2)  # (B, H, M)
+        key = torch.cat([key, sparse_key], dim=2)  # (B, H, J, D)
+        value = torch.cat([value, sparse_value], dim=2)  # (B, H, J, D)
+        visible = torch.cat([visible.expand(-1, H, -1), sparse_visible], dim=2)  # (B, H, J)
 
     # Each block of queries attends to the keys in its row of the table.
     table = key_table(num_blocks, G, block_size, sparse_per_block, sparse_block_size, query.device)
@@ -97,7 +101,7 @@ def key_table(num_blocks, num_global_tokens, block_size, sparse_per_block, spars
               device=None):
     """Which keys each block of queries sees: (N, K) indices into globals, text and sparse keys.
 
-    sparse_per_block: how many sparse keys the text has for each block; 0 leaves them out.
+    sparse_per_block: how many sparse keys are made from each block; 0 if there are none.
     -1 marks positions outside the text. For example, blocks of two and one global token:
 
     >>> key_table(3, 1, block_size=2, sparse_per_block=0, sparse_block_size=0)
@@ -109,22 +113,23 @@ def key_table(num_blocks, num_global_tokens, block_size, sparse_per_block, spars
     num_text, num_sparse = num_blocks * block_size, num_blocks * sparse_per_block
 
     def window(first, size, length, offset):
-        """Positions first, first + 1, … of a part of `length` keys that begins at `offset`."""
+        """Indices first, first + 1, … (first: (N, 1)) in the `length` keys from `offset` on."""
         position = first + torch.arange(size, device=device)  # (N, size)
         return torch.where((0 <= position) & (position < length), offset + position, -1)
 
-    size, offset = min(sparse_block_size, num_sparse), num_global_tokens + num_text
-    return torch.cat([
-        window(0 * block, num_global_tokens, num_global_tokens, 0),
-        window((block - 1) * block_size, 3 * block_size, num_text, num_global_tokens),
-        window((block - 1) * sparse_per_block - size, size, num_sparse, offset),
-        window((block + 2) * sparse_per_block, size, num_sparse, offset)], dim=1)
+    globals_ = window(0 * block, num_global_tokens, num_global_tokens, 0)  # alike for all blocks
+    local = window((block - 1) * block_size, 3 * block_size, num_text, num_global_tokens)
+    size = min(sparse_block_size, num_sparse)
+    offset = num_global_tokens + num_text
+    before = window((block - 1) * sparse_per_block - size, size, num_sparse, offset)
+    after = window((block + 2) * sparse_per_block, size, num_sparse, offset)
+    return torch.cat([globals_, local, before, after], dim=1)
 
 
 def attend_blocks(query, key, value, visible, table, dropout_p=0.0):
     """Attention of each block of queries to the keys in its row of the table (N, K).
 
-    query (…, N * block_size, D), key and value (…, M, D), visible (…, M). Returns as query.
+    query (…, N * block_size, D), key and value (…, J, D), visible (…, J) -> the shape of query.
     """
     index = table.clamp(min=0).flatten()
     key = key.index_select(-2, index).unflatten(-2, table.shape)  # (…, N, K, D)
@@ -138,13 +143,13 @@ def attend_blocks(query, key, value, visible, table, dropout_p=0.0):
 def full_attention(query, key, value, visible=None, dropout_p=0.0):
     """softmax(query · key / √D) · value over the visible keys; 0 if there is none.
 
-    query (…, T, D), key and value (…, M, D), visible (…, T or 1, M), True where a key may be seen.
+    query (…, T, D), key and value (…, K, D), visible (…, T or 1, K), True where a key may be seen.
     """
     return F.scaled_dot_product_attention(query, key, value, visible, dropout_p)
 
 
 def boolean_mask(mask):
-    """The mask in booleans. Raises ValueError for an additive mask, in which 0 means visible."""
+    """The mask as booleans. Raises ValueError for a float mask in which 0 means visible."""
     if mask.is_floating_point() and not (((mask == 0) | (mask == 1)).all() and mask.any()):
         raise ValueError("attention_mask must be True or 1 where a key may be seen, False or 0 "
                          "elsewhere (for an additive mask: pass mask == 0)")
@@ -153,6 +158,13 @@ def boolean_mask(mask):
 
 # ------------------------------------------------------------------------------------------------
 # Sparse keys: six ways to subsample the text
+#
+#     norm           in each chunk of tokens, the keys of largest norm
+#     stride         every sparsity_factor-th key; each head starts one token later
+#     block_stride   a run of keys in each block; each head takes the next run
+#     pooling        the mean of every sparsity_factor neighbors
+#     bos_pooling    the same, weighted by the attention of the first token
+#     lsh            in each chunk of tokens, the means of the keys in the same bucket of a hash
 
 
 def uses_sparse_keys(sparse_block_size, sparsity_factor, sparsity_type):
@@ -161,10 +173,10 @@ def uses_sparse_keys(sparse_block_size, sparsity_factor, sparsity_type):
 
 def sparse_keys(first_query, key, value, visible, block_size, sparse_block_size, sparsity_factor,
                 sparsity_type, lsh_num_pre_rounds):
-    """The keys of the subsample, their values, and which are not made of padding alone.
+    """The keys and values (B, H, M, D) of the subsample; False (B, H, M) if made of padding alone.
 
-    key, value (B, H, length, D) and visible (B, H, length) are those of the text, first_query
-    (B, H, D) is its first query. Returns (B, H, M, D) twice and (B, H, M): M = length / factor.
+    key, value (B, H, length, D) and visible (B, H, length) are those of the padded text, and
+    first_query (B, H, D) is its first query.
     """
     chunk_size = min(block_size, sparse_block_size)
     if sparsity_factor == 1:
@@ -172,7 +184,7 @@ def sparse_keys(first_query, key, value, visible, block_size, sparse_block_size,
     if sparsity_type == "lsh" and chunk_size > sparsity_factor:
         return lsh(key, value, visible, chunk_size, sparsity_factor, lsh_num_pre_rounds)
 
-    # Either keep some keys …
+    # Select keys.
     if sparsity_type in ("norm", "stride", "block_stride"):
         if sparsity_type == "norm":
             index = norm(key, visible, chunk_size, sparsity_factor)
@@ -182,11 +194,11 @@ def sparse_keys(first_query, key, value, visible, block_size, sparse_block_size,
             index = block_stride(key, block_size, sparsity_factor)
         return take(key, index), take(value, index), visible.gather(2, index)
 
-    # … or average neighbors. One bucket needs no hash: then lsh is bos_pooling, as in the original.
+    # Average neighbors.
     seen = visible.unflatten(2, (-1, sparsity_factor))  # (B, H, M, factor)
     if sparsity_type == "pooling":
         weight = (seen / (seen.sum(-1, keepdim=True) + 1e-6)).to(key.dtype)
-    else:
+    else:  # bos_pooling, or lsh with a single bucket per chunk, as in the original
         weight = bos_weight(first_query, key, seen)
     return weighted_sum(key, weight), weighted_sum(value, weight), seen.any(-1)
 
@@ -195,13 +207,13 @@ def norm(key, visible, chunk_size, factor):
     """In each chunk, the indices (B, H, M) of the chunk_size / factor keys of largest norm."""
     size = key.detach().norm(dim=-1).masked_fill(~visible, -1)  # (B, H, length)
     largest = size.unflatten(2, (-1, chunk_size)).topk(chunk_size // factor).indices
-    largest = largest.flip(-1)  # a window that ends inside a chunk sees the smaller ones first
+    largest = largest.flip(-1)  # the original's order; it matters if a window ends inside a chunk
     first = torch.arange(0, key.shape[2], chunk_size, device=key.device)[:, None]
     return (first + largest).flatten(2)
 
 
 def stride(key, factor):
-    """Indices of every `factor`-th token. Each head starts one token later."""
+    """Indices of every `factor`-th token. Each head starts one token later, modulo `factor`."""
     head = torch.arange(key.shape[1], device=key.device)[:, None]
     index = torch.arange(0, key.shape[2], factor, device=key.device)
     return (index + head % factor).expand(len(key), -1, -1)  # (B, H, M)
@@ -224,7 +236,7 @@ def take(x, index):
 
 
 def bos_weight(first_query, key, seen):
-    """bos_pooling: the weights (B, H, M, factor) that the first token gives to each group."""
+    """The attention weights (B, H, M, factor) of the first token within each group."""
     score = (key @ first_query[..., None]).squeeze(-1) / math.sqrt(key.shape[-1])
     score = score.unflatten(2, seen.shape[2:])  # (B, H, M, factor)
     return score.masked_fill(~seen, torch.finfo(score.dtype).min).softmax(-1)
@@ -240,14 +252,15 @@ def lsh(key, value, visible, chunk_size, factor, pre_rounds):
     """The mean of the keys of each chunk that fall into the same bucket of a random hash.
 
     The last round has chunk_size / factor buckets. The `pre_rounds` rounds before have chunk_size:
-    they merge keys that are nearly equal, so that a frequent token does not dominate its bucket.
+    they merge keys that are nearly equal, which are then hashed as one.
     """
-    single = torch.promote_types(key.dtype, torch.float32)
-    count = visible[..., None].to(single)  # (B, H, length, 1): how many tokens are in each sum
+    precise = torch.promote_types(key.dtype, torch.float32)
+    count = visible[..., None].to(precise)  # (B, H, length, 1): tokens in each sum, at first 0 or 1
     sums = [(x * count).unflatten(2, (-1, chunk_size)) for x in (key, value, count)]
     for num_buckets in [chunk_size] * pre_rounds + [chunk_size // factor]:
         sums = lsh_round(*sums, num_buckets)
-    key_sum, value_sum, count = (x.flatten(2, 3).to(single) for x in sums)
+    # Under autocast the sums are in half precision, in which 1e-8 is 0.
+    key_sum, value_sum, count = (x.flatten(2, 3).to(precise) for x in sums)
     mean_key, mean_value = key_sum / (count + 1e-8), value_sum / (count + 1e-8)
     return mean_key.to(key.dtype), mean_value.to(key.dtype), count[..., 0] > 0
 
@@ -255,7 +268,8 @@ def lsh(key, value, visible, chunk_size, factor, pre_rounds):
 def lsh_round(key_sum, value_sum, count, num_buckets):
     """Add up each bucket: (B, H, chunks, chunk_size, D or 1) -> (B, H, chunks, num_buckets, …).
 
-    A key belongs to the nearest of num_buckets // 2 random directions and their opposites.
+    A key belongs to one of num_buckets // 2 random directions and their opposites: that of the
+    largest dot product. If num_buckets is odd, one bucket stays empty.
     """
     _, H, _, _, D = key_sum.shape
     directions = torch.randn(1, H, 1, D, num_buckets // 2, device=key_sum.device)
@@ -292,12 +306,14 @@ def check_options(block_size, sparse_block_size, sparsity_factor, sparsity_type,
 
 
 # ------------------------------------------------------------------------------------------------
-# Speed. Delete the rest of this file, and every result stays the same.
+# Speed. Delete the rest of this file, and the results stay the same, but for rounding and the draws
+# of dropout. It replaces attend_blocks and full_attention by equal functions.
 
 
 def heads_in_pieces(attend):
-    """Attend a few heads at a time, so that the gathered keys fit in the CPU cache. Gather them
-    again in the backward pass rather than keep them: training then needs less memory."""
+    """On CPUs, attend a few heads at a time, so that the gathered keys fit in the cache. In the
+    backward pass, gather them again rather than keep them: training then needs less memory."""
+    @wraps(attend)
     def attend_in_pieces(query, key, value, visible, table, dropout_p=0.0):
         B, H, _, _ = query.shape
         num_heads = max(1, 20_000 // table.numel()) if query.is_cpu else B * H
@@ -312,16 +328,17 @@ def heads_in_pieces(attend):
 
 
 def written_out(attention):
-    """On CPUs, write the softmax out where the fused kernel is slow: for few queries, and in
-    bfloat16 also for a block of queries and for training."""
+    """On CPUs, compute the softmax in PyTorch where the fused kernel is slow: for few queries, and
+    in bfloat16 also for a block of queries and for training."""
+    @wraps(attention)
     def attention_written_out(query, key, value, visible=None, dropout_p=0.0):
-        half = query.dtype == torch.bfloat16
-        few_queries = query.shape[-2] <= (256 if half else 8)
-        if not query.is_cpu or not (few_queries or half and torch.is_grad_enabled()):
+        bf16 = query.dtype == torch.bfloat16
+        few_queries = query.shape[-2] <= (256 if bf16 else 8)
+        if not query.is_cpu or not (few_queries or bf16 and torch.is_grad_enabled()):
             return attention(query, key, value, visible, dropout_p)
         query = query / math.sqrt(query.shape[-1])
         # In float32, the product whose first factor has more rows is the faster one.
-        scores = query @ key.mT if half else (key @ query.mT).mT  # (…, T, M)
+        scores = query @ key.mT if bf16 else (key @ query.mT).mT  # (…, T, K)
         if visible is None:
             return F.dropout(scores.softmax(-1), dropout_p) @ value
         scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)

@@ -596,6 +596,30 @@ def test_a_model_can_be_saved_over_its_own_files(folder, monkeypatch):
         assert torch.equal(again.state_dict()[name], tensor)
 
 
+def test_tensors_that_share_memory_are_all_saved(folder):
+    (folder / "model.safetensors").unlink()
+    bias = torch.randn(24)  # one tensor under several names, as torch.save keeps it
+    names = [f"model.encoder.layers.{layer}.self_attn.{kind}_proj.bias"
+             for layer in (0, 1) for kind in "kvq"]
+    torch.save(TENSORS | dict.fromkeys(names, bias), folder / "pytorch_model.bin")
+    model, tokenizer = load_model(folder, lsg=False)
+    save_model(model, tokenizer, folder / "saved")
+    again = load(folder / "saved", lsg=False)
+    for name in names:
+        assert torch.equal(again.get_parameter(name), bias)
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+@pytest.mark.parametrize("value", [None, True])
+def test_null_in_the_config_means_the_default(folder, value):
+    change_config(folder, tie_word_embeddings=value, num_beams=None, dropout=None)
+    model, tokenizer = load_model(folder, lsg=False)
+    assert model.lm_head.weight is model.model.shared.weight
+    assert model.config.num_beams == 1 and model.config.dropout == 0.1
+    save_model(model, tokenizer, folder)
+    assert torch.equal(logits_of(load(folder, lsg=False)), logits_of(model))
+
+
 def test_an_lsg_model_keeps_its_globals_when_it_becomes_longer(tmp_path):
     model, tokenizer = load_model(PLAIN, max_position_embeddings=1100)
     with torch.no_grad():
