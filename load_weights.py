@@ -77,7 +77,8 @@ def read_checkpoint(source, revision=None):
     config = read_json(files["config.json"])
     if "generation_config.json" in files:
         config = config | read_json(files["generation_config.json"])
-    tensors = rename(read_tensors(files["weights"]), config.get("tie_word_embeddings", True))
+    tied = config.get("tie_word_embeddings") is not False
+    tensors = rename(read_tensors(files["weights"]), tied)
     tokenizer = BarthezTokenizer(files["sentencepiece.bpe.model"])
     if EMBEDDING in tensors and tensors[EMBEDDING].shape[:1] < (len(tokenizer),):
         raise ValueError(f"the tokenizer of {source} has {len(tokenizer)} pieces, more than the "
@@ -295,11 +296,7 @@ def write_checkpoint(folder, config, tensors, tokenizer):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_config = {"model_max_length": config["max_position_embeddings"],
                         "tokenizer_class": "BarthezTokenizer"}
-    dtype, kept = getattr(torch, config["torch_dtype"]), {}
-    for name, tensor in tensors.items():  # one copy of a tied matrix is enough
-        if tensor.data_ptr() not in [other.data_ptr() for other in kept.values()]:
-            kept[name] = tensor
-    kept = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in kept.items()}
+    tensors = separate(tensors, getattr(torch, config["torch_dtype"]))
     with locked(folder), ExitStack() as moves:
         for leftover in folder.glob("*.incomplete"):  # of a run that was killed
             leftover.unlink()
@@ -315,10 +312,25 @@ def write_checkpoint(folder, config, tensors, tokenizer):
             place("sentencepiece.bpe.model").write_bytes(pieces)
         weights_file = place("model.safetensors")
         try:
-            save_file(kept, weights_file, metadata={"format": "pt"})
+            save_file(tensors, weights_file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{weights_file} cannot be written: {one_line(error)}") from None
         shutil.copymode(config_file, weights_file)  # save_file lets only the owner read it
+
+
+def separate(tensors, dtype):
+    """Contiguous tensors of one type that share no memory, as safetensors needs them. Of tied
+    embeddings, the first is kept."""
+    embeddings = [name for name in tensors if {name, f"model.{name}"} & set(EMBEDDINGS)]
+    separated, seen = {}, set()
+    for name, tensor in tensors.items():
+        tied = name in embeddings and tensor.data_ptr() == tensors[embeddings[0]].data_ptr()
+        if tied and name != embeddings[0]:
+            continue
+        copy = tensor.data_ptr() in seen
+        separated[name] = tensor.detach().to("cpu", dtype, copy=copy).contiguous()
+        seen.add(tensor.data_ptr())
+    return separated
 
 
 @contextmanager
@@ -379,7 +391,8 @@ def run(main):
 
 def out_of_memory(error):
     return isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("allocate memory", "out of memory"))
+        words in str(error) for words in (
+            "allocate memory", "out of memory", "bad_alloc", "could not create a primitive"))
 
 
 def notice(text, end="\n"):
@@ -435,7 +448,7 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--seed", type=int, default=123)
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                        help="override keys of config.json, such as sparsity_type=pooling")
+                        help="set options of LSG, such as sparsity_type=pooling")
     arguments = parser.parse_args()
     if not arguments.output:
         raise ValueError("--output is empty: name a folder")
@@ -451,9 +464,15 @@ def main():
         stride=arguments.global_positional_stride, random_global_init=arguments.random_global_init,
         keep_first_global=arguments.keep_first_global, resize_lsg=arguments.resize_lsg)
     settings = parse_settings(arguments.set)
-    for key in settings.keys() - config.keys() - LSG_KEYS.keys():
-        raise ValueError(f"--set {key}: config.json has no such key")
+    for key, value in settings.items():
+        if key not in LSG_KEYS:
+            raise ValueError(f"--set {key}: choose among {', '.join(LSG_KEYS)}")
+        if isinstance(LSG_KEYS[key], bool) and not isinstance(value, bool):
+            raise ValueError(f"--set {key}={value}: expected true or false")
     config = LSG_KEYS | config | settings
+    if config["num_global_tokens"] not in range(1, NUM_GLOBALS + 1):
+        raise ValueError(f"num_global_tokens={config['num_global_tokens']}: choose 1 to "
+                         f"{NUM_GLOBALS}")
     check_options(*(config[key] for key in (
         "block_size", "sparse_block_size", "sparsity_factor", "sparsity_type", "num_global_tokens",
         "lsh_num_pre_rounds")))

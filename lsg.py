@@ -75,10 +75,7 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
     if padding:
         query, key, value = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value))
         visible = F.pad(visible, (0, padding))
-    num_blocks = (text_length + padding) // block_size
-
-    # The global queries attend to every token.
-    from_globals = full_attention(query[:, :, :G], key, value, visible[:, :, None], dropout_p)
+    num_tokens, num_blocks = T + padding, (text_length + padding) // block_size
 
     # Append the sparse keys to the globals and the text.
     sparse_per_block = 0
@@ -90,6 +87,10 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
         key = torch.cat([key, sparse_key], dim=2)  # (B, H, J, D)
         value = torch.cat([value, sparse_value], dim=2)  # (B, H, J, D)
         visible = torch.cat([visible.expand(-1, H, -1), sparse_visible], dim=2)  # (B, H, J)
+
+    # The global queries attend to every token.
+    from_globals = full_attention(query[:, :, :G], key[:, :, :num_tokens], value[:, :, :num_tokens],
+                                  visible[:, :, None, :num_tokens], dropout_p)
 
     # Each block of queries attends to the keys in its row of the table.
     table = key_table(num_blocks, G, block_size, sparse_per_block, sparse_block_size, query.device)
