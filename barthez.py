@@ -695,21 +695,46 @@ class HeadWarning(UserWarning):
 def build_model(config, architecture, tensors):
     """The model whose parameters are the given tensors, with the names of read_checkpoint.
 
-    Raises ValueError that names all missing, unexpected and misshapen tensors. Warns if the
-    checkpoint lacks the model's head, or has a head that the model does not use.
+    Raises ValueError if the tensors do not fit. Warns if the checkpoint lacks the model's head, or
+    has a head that the model does not use.
     """
     with torch.device("meta"), SkipInit():
         model = ARCHITECTURES[architecture](config)
-    tensors = dict(tensors)
-    if architecture == "Model":
+    if architecture == "Model":  # its names lack the prefix
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    state = model.state_dict()
-    new, unused = state.keys() - tensors.keys(), tensors.keys() - state.keys()
+    state = model.state_dict()  # shapes without memory
+    check_tensors(state, tensors, architecture)
+
+    embedding = tensors[EMBEDDING.removeprefix("model.") if architecture == "Model" else EMBEDDING]
+    shared = nn.Parameter(embedding)  # read_checkpoint has one tensor for all tied matrices
+    new_heads = set()
+    for name in state:
+        if name not in tensors:
+            state[name] = torch.zeros(state[name].shape)
+            new_heads.add(name.partition(".")[0])
+        else:
+            state[name] = shared if tensors[name] is embedding else tensors[name]
+    model.load_state_dict(state, assign=True)
+
+    for head in sorted(new_heads - {"final_logits_bias"}):
+        warnings.warn(f"the checkpoint has no {head}: it is initialized and needs training",
+                      HeadWarning)
+        init_weights(model.get_submodule(head), config.init_std)
+    if hasattr(model, "lm_head") and any(name.startswith(OTHER_HEADS) for name in tensors):
+        warnings.warn("the checkpoint was made for another task: its head is not used",
+                      HeadWarning)
+    return model
+
+
+def check_tensors(state, tensors, architecture):
+    """Raise ValueError that names all missing, unexpected and misshapen tensors."""
     may_be_unused = HEADS + ("encoder.global_embeddings", "model.encoder.global_embeddings")
     if architecture == "ForCausalLM":
         may_be_unused += "model.encoder.", EMBEDDING
-    faults = [f"missing {name}" for name in new if not name.startswith(HEADS)]
-    faults += [f"unexpected {name}" for name in unused if not name.startswith(may_be_unused)]
+    faults = [f"missing {name}" for name in state.keys() - tensors.keys()
+              if not name.startswith(HEADS)]
+    faults += [f"unexpected {name}" for name in tensors.keys() - state.keys()
+               if not name.startswith(may_be_unused)]
     for name in state.keys() & tensors.keys():
         shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
         if shape != state[name].shape:
@@ -719,21 +744,6 @@ def build_model(config, architecture, tensors):
     if faults:
         shown = sorted(faults)[:10] + ([f"{len(faults) - 10} more"] if len(faults) > 10 else [])
         raise ValueError(f"the weights do not fit the configuration: {'; '.join(shown)}")
-    for name in new:
-        tensors[name] = torch.zeros(state[name].shape)
-    embedding = tensors[EMBEDDING.removeprefix("model.") if architecture == "Model" else EMBEDDING]
-    shared = nn.Parameter(embedding)  # read_checkpoint has one tensor for all tied matrices
-    model.load_state_dict({name: shared if tensors[name] is embedding else tensors[name]
-                           for name in state}, assign=True)
-
-    for head in sorted({name.partition(".")[0] for name in new} - {"final_logits_bias"}):
-        warnings.warn(f"the checkpoint has no {head}: it is initialized and needs training",
-                      HeadWarning)
-        init_weights(model.get_submodule(head), config.init_std)
-    if hasattr(model, "lm_head") and any(name.startswith(OTHER_HEADS) for name in unused):
-        warnings.warn("the checkpoint was made for another task: its head is not used",
-                      HeadWarning)
-    return model
 
 
 def init_weights(model, std):

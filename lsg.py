@@ -2,7 +2,7 @@
 
 Paper: C. Condevaux and S. Harispe, "LSG Attention: Extrapolation of pretrained Transformers to long
 sequences" (2022), arXiv:2210.15497. Official code: lsg-converter 0.1.9,
-lsg_converter/mbart/modeling_lsg_mbart.py. This file needs torch alone; copy it.
+lsg_converter/mbart/modeling_lsg_mbart.py. This file needs torch 2.6 or later alone: copy it (MIT).
 
 The first num_global_tokens tokens of a sequence are global; the text follows. The text is cut into
 blocks of block_size tokens, and all queries of a block see the same keys:
@@ -43,11 +43,12 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
     """Bidirectional self-attention. A text of at most 2 * block_size tokens gets full attention.
 
     query, key, value: (B, H, T, D), the global tokens first.
-    attention_mask: (B, T), True or 1 where a key may be seen. A query that sees no key returns 0.
+    attention_mask: (B, T), True or 1 where a key may be seen, globals included. A query that sees
+        no key returns 0. Outputs at padding are not zeroed.
     block_size, sparse_block_size, sparsity_factor, num_global_tokens: see the top of this file.
     sparsity_type: how the text is subsampled; see *Sparse keys*. "none" or None leaves out the
         sparse keys, as does sparse_block_size=0 or sparsity_factor=0. "lsh" is random: it draws
-        torch.randn at each call.
+        torch.randn at each call, lsh_num_pre_rounds + 1 times.
     adaptive: False raises ValueError for a text that has to be padded to whole blocks.
     dropout_p: of attention weights; pass 0 in evaluation.
     Returns (B, H, T, D). Raises ValueError if the options do not fit together.

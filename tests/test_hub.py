@@ -1,4 +1,4 @@
-"""The Hub client against a Hub on this machine. Each test fails if what it names is taken out."""
+"""The Hub client against a Hub on this machine, which answers as the real one (see hub_server.py)."""
 
 import contextlib
 import errno
@@ -107,7 +107,7 @@ def wait_until(done):
 # ------------------------------------------------------------------------------------------------
 # The answers of the table
 
-def test_a_file_in_git_and_a_large_file(hub, tmp_path, monkeypatch):
+def test_files_in_git_and_large_files_are_downloaded(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for name in FILES:
         assert download(REPO, name).read_bytes() == FILES[name]
@@ -122,7 +122,7 @@ def test_a_file_in_git_and_a_large_file(hub, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("variant", [
     {"direct": {REPO}}, {"bare": True}, {"renamed": {"old/name": REPO}}])
-def test_other_answers(hub, variant):
+def test_other_answers_are_understood(hub, variant):
     for key, value in variant.items():
         setattr(hub, key, value)
     name = "old/name" if hub.renamed else REPO
@@ -130,7 +130,7 @@ def test_other_answers(hub, variant):
         "weights": LARGE, **{key: FILES[key] for key in FILES if key != BIN}}
 
 
-def test_a_mirror_that_redirects_to_the_hub(hub, monkeypatch):
+def test_a_mirror_may_redirect_to_the_hub(hub, monkeypatch):
     with Hub() as mirror:
         mirror.mirror = hub.url
         monkeypatch.setenv("HF_ENDPOINT", mirror.url)
@@ -141,14 +141,14 @@ def test_a_mirror_that_redirects_to_the_hub(hub, monkeypatch):
     assert not any("Authorization" in headers for *_, headers in hub.log)
 
 
-def test_names_without_namespace_empty_files_and_quoted_names(hub):
+def test_unusual_names_and_empty_files_are_downloaded(hub):
     hub.add("gpt2", {"empty": b"", "a folder/ü?.txt": b"x"}, "refs/pr/2")
     assert download("gpt2", "empty", "refs/pr/2").read_bytes() == b""
     assert download("gpt2", "a folder/ü?.txt", "refs/pr/2").read_bytes() == b"x"
 
 
 @pytest.mark.parametrize("name, hop", [("config.json", "cache"), (BIN, "cdn")])
-def test_without_a_length(hub, name, hop):
+def test_a_length_is_not_needed(hub, name, hop):
     hub.faults[hop] = [{"chunked": True}]
     assert download(REPO, name).read_bytes() == FILES[name]
 
@@ -162,12 +162,12 @@ def test_without_a_length(hub, name, hop):
     ((403, {"X-Error-Message": "Access to this resource is disabled."}), ConnectionError,
      "disabled"),
     ((407, {}), ConnectionError, "407")])
-def test_refusals(hub, refusal, kind, words):
+def test_a_refusal_says_what_to_do(hub, refusal, kind, words):
     hub.refused[REPO] = refusal
     assert words in fails(kind) and len(hub.log) == 1 and not hub.pauses
 
 
-def test_what_is_missing(hub, monkeypatch):
+def test_missing_files_and_revisions_are_named(hub, monkeypatch):
     assert "no tokenizer.json" in fails(EntryNotFoundError, REPO, "tokenizer.json")
     assert "no such revision" in fails(FileNotFoundError, REPO, BIN, "refs/pr/9")
     assert "no/such is missing" in fails(FileNotFoundError, "no/such", BIN)
@@ -181,7 +181,7 @@ def test_what_is_missing(hub, monkeypatch):
     ({}, 1), ({"Retry-After": "7"}, 8), ({"Retry-After": "soon"}, 1),
     ({"RateLimit": '"resolvers";r=0;t=52'}, 53), ({"RateLimit": '"resolvers";r=9;t=52'}, 1)])
 @pytest.mark.parametrize("hop, status", [("resolve", 429), ("resolve", 503), ("cdn", 500)])
-def test_another_attempt_after_the_pause_that_is_asked_for(hub, hop, status, headers, pause):
+def test_the_pause_that_the_hub_asks_for_is_kept(hub, hop, status, headers, pause):
     hub.faults[hop] = [{"status": status, **headers}]
     assert download(REPO, BIN).read_bytes() == LARGE and hub.pauses == [pause]
 
@@ -193,12 +193,12 @@ def test_pauses_grow_until_it_gives_up(hub):
     assert "429" in fails(ConnectionError) and len(hub.pauses) == 4
 
 
-def test_a_storage_that_redirects_again(hub):
+def test_the_storage_may_redirect_again(hub):
     hub.faults["cdn"] = [{"status": 307, "Location": f"{hub.url}/{REPO}/resolve/main/{BIN}"}]
     assert download(REPO, BIN).read_bytes() == LARGE and not hub.pauses
 
 
-def test_an_address_of_the_storage_that_has_expired_is_renewed(hub):
+def test_an_expired_address_is_renewed(hub):
     hub.faults["cdn"] = [{"status": 403}]
     assert download(REPO, BIN).read_bytes() == LARGE and len(hub.at("resolve")) == 2
 
@@ -206,7 +206,7 @@ def test_an_address_of_the_storage_that_has_expired_is_renewed(hub):
 # ------------------------------------------------------------------------------------------------
 # Interruptions
 
-def test_a_download_that_breaks_off_is_continued(hub):
+def test_a_broken_download_is_resumed(hub):
     hub.faults["cdn"] = [{"drop": 1000}] * 7  # each brings something, so that none counts
     assert download(REPO, BIN).read_bytes() == LARGE and hub.sent == len(LARGE)
     assert [headers.get("Range") for headers in hub.at("cdn")] == [
@@ -215,7 +215,7 @@ def test_a_download_that_breaks_off_is_continued(hub):
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), TimeoutError("timed out")])
-def test_a_network_that_fails_in_the_body(hub, monkeypatch, error):
+def test_a_network_error_in_the_body_is_retried(hub, monkeypatch, error):
     read = HTTPResponse.read1
 
     def failing(answer, size):
@@ -226,13 +226,13 @@ def test_a_network_that_fails_in_the_body(hub, monkeypatch, error):
     assert download(REPO, BIN).read_bytes() == LARGE and hub.pauses == [1, 1]
 
 
-def test_one_that_brings_nothing_is_given_up_and_continued_later(hub, tmp_path):
+def test_a_download_that_brings_nothing_is_given_up(hub, tmp_path):
     hub.faults["cdn"] = [{"drop": 1000}] + [{"drop": 0}] * 5  # a storage that sends 206 and nothing
     assert "1,000 of 9,287 bytes" in fails(ConnectionError)
     assert download(REPO, BIN).read_bytes() == LARGE and hub.sent == len(LARGE)
 
 
-def test_a_kill(hub, tmp_path):
+def test_a_killed_download_is_resumed(hub, tmp_path):
     hub.faults["cdn"] = [{"stall": 5000}]
     process, blobs = child(), tmp_path / "hub" / f"models--{REPO.replace('/', '--')}/blobs"
     wait_until(lambda: any(path.stat().st_size for path in blobs.glob("*")))
@@ -256,7 +256,7 @@ def test_two_processes_fetch_it_once(hub, tmp_path):
 @pytest.mark.parametrize("left, fault", [
     (LARGE, {}), (b"wrong" * 99, {}), (b"wrong" * 9999, {}), (b"?" * len(LARGE), {}),
     (LARGE[:999], {"whole": True}), (LARGE[:999], {"shift": 7}), (LARGE[:999], {"status": 416})])
-def test_what_an_earlier_attempt_left(hub, tmp_path, left, fault):
+def test_leftovers_of_an_earlier_attempt_are_used_or_replaced(hub, tmp_path, left, fault):
     partial(tmp_path, left)
     hub.faults["cdn"] = [fault]
     assert download(REPO, BIN).read_bytes() == LARGE
@@ -281,7 +281,7 @@ def test_wrong_bytes_are_not_kept(hub, tmp_path, name, hop, fault):
     {"status": 302, "X-Repo-Commit": "a" * 40, "Location": "CDN"},  # whose etag is not the file's
     {"status": 200, "X-Repo-Commit": "../../x", "ETag": f'"{"a" * 40}"'},
     {"status": 200, "X-Repo-Commit": "a" * 40, "ETag": '"../../../../x"'}])
-def test_a_login_page_and_what_else_is_not_the_hub(hub, tmp_path, fault):
+def test_a_login_page_is_not_taken_for_the_hub(hub, tmp_path, fault):
     if fault.get("Location") == "CDN":
         path = f"/xet-bridge-us/{hub.commit}/{BIN}"
         fault = {**fault, "Location": f"{hub.cdn}{path}?Signature={sign(path)}"}
@@ -295,14 +295,14 @@ def test_a_login_page_and_what_else_is_not_the_hub(hub, tmp_path, fault):
 # ------------------------------------------------------------------------------------------------
 # The network
 
-def test_no_network(hub, monkeypatch):
+def test_no_network_is_an_error_of_its_own(hub, monkeypatch):
     for address in "http://hub.invalid", "http://127.0.0.1:9", "https://127.0.0.1:9":
         monkeypatch.setenv("HF_ENDPOINT", address)
         assert "cannot be reached" in fails(NoNetwork) and not hub.pauses
         fails(NoNetwork, REPO, find=hub_files)
 
 
-def test_a_network_that_fails_later(hub):
+def test_a_network_that_fails_later_is_another_error(hub):
     hub.servers[1].server_close()  # the storage
     assert "localhost" in fails(ConnectionError) and hub.pauses == [1, 2, 4, 8]
 
@@ -342,7 +342,7 @@ def test_an_address_family_that_swallows_packets_costs_one_timeout(hub, monkeypa
         assert time.monotonic() - begun < 2, "each request tries the dead addresses"
 
 
-def test_certificates(hub, monkeypatch):
+def test_a_refused_certificate_names_the_remedy(hub, monkeypatch):
     def refuse(*_, **__):
         error = ssl.SSLCertVerificationError(1, "certificate verify failed")
         error.verify_message = "unable to get local issuer certificate"
@@ -352,7 +352,7 @@ def test_certificates(hub, monkeypatch):
     assert "SSL_CERT_FILE" in message and "Install Certificates" in message and not hub.pauses
 
 
-def test_proxies(hub, monkeypatch):
+def test_proxies_are_used(hub, monkeypatch):
     monkeypatch.setenv("http_proxy", hub.url)
     monkeypatch.setenv("HF_ENDPOINT", "http://hub.test")
     assert download(REPO, "config.json").read_bytes() == FILES["config.json"]
@@ -380,7 +380,7 @@ def test_a_second_call_asks_once_and_writes_nothing(hub, tmp_path):
 
 
 @pytest.mark.parametrize("value", ["1", "ON", "yes", "True"])
-def test_a_cache_of_the_official_client(hub, tmp_path, monkeypatch, value):
+def test_the_cache_of_the_official_client_is_used(hub, tmp_path, monkeypatch, value):
     fill(tmp_path, official(hub.commit, FILES))
     assert hub_files(REPO)["weights"].read_bytes() == LARGE
     hub.log.clear()
@@ -405,7 +405,7 @@ def test_a_model_in_the_cache_is_used_if_the_hub_refuses(hub, capsys, fault):
     assert message.endswith("The model in the cache is used.")
 
 
-def test_a_branch_that_moves(hub, capsys):
+def test_a_branch_may_move(hub, capsys):
     old = hub_files(REPO)
     first, *others = [path for hop, path, _ in hub.log if hop == "resolve"]
     assert "/resolve/main/" in first, "all other files are of its commit"
@@ -421,7 +421,7 @@ def test_a_branch_that_moves(hub, capsys):
     assert "503" in capsys.readouterr().err and old
 
 
-def test_a_damaged_reference(hub, tmp_path):
+def test_a_damaged_reference_is_replaced(hub, tmp_path):
     fill(tmp_path, official(hub.commit, FILES))
     ref = tmp_path / f"hub/models--{REPO.replace('/', '--')}/refs/main"
     ref.write_bytes(b"\xff../../..")
@@ -435,7 +435,7 @@ def test_a_damaged_reference(hub, tmp_path):
     ({"XDG_CACHE_HOME": "{}/c"}, "c/huggingface/hub"),
     ({"HF_HUB_CACHE": ""}, "home/.cache/huggingface/hub"),
     ({"HF_HUB_CACHE": "~/d"}, "home/d"), ({"HF_HUB_CACHE": "$HOME/e"}, "home/e")])
-def test_where_the_cache_is(hub, tmp_path, monkeypatch, settings, place):
+def test_the_cache_is_where_the_settings_say(hub, tmp_path, monkeypatch, settings, place):
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name, value in settings.items():
@@ -443,7 +443,7 @@ def test_where_the_cache_is(hub, tmp_path, monkeypatch, settings, place):
     assert download(REPO, "config.json").parents[3] == tmp_path / place
 
 
-def test_where_the_token_is(hub, tmp_path, monkeypatch):
+def test_the_token_is_where_the_settings_say(hub, tmp_path, monkeypatch):
     (tmp_path / "token").write_text("hf_home\n")
     (tmp_path / "other").write_text("hf_path\nX-Other: 1")
     download(REPO, "config.json")
@@ -455,7 +455,7 @@ def test_where_the_token_is(hub, tmp_path, monkeypatch):
     assert tokens == ["Bearer hf_home", "Bearer hf_pathX-Other:1", None]
 
 
-def test_without_symbolic_links(hub, monkeypatch):
+def test_symbolic_links_are_not_needed(hub, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, "refused")
     monkeypatch.setattr(os, "symlink", refuse)
@@ -463,7 +463,7 @@ def test_without_symbolic_links(hub, monkeypatch):
     assert path.read_bytes() == LARGE and not path.is_symlink()
 
 
-def test_a_full_disk(hub, tmp_path):
+def test_a_full_disk_is_reported_in_one_line(hub, tmp_path):
     limit = resource.RLIMIT_FSIZE, (5000, 5000)  # bytes a file
     process = child(preexec_fn=lambda: resource.setrlimit(*limit))
     message = process.communicate(timeout=20)[1].splitlines()[-1]
@@ -472,7 +472,7 @@ def test_a_full_disk(hub, tmp_path):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can start a process as another user")
-def test_a_read_only_cache(hub, tmp_path):
+def test_a_read_only_cache_is_reported_in_one_line(hub, tmp_path):
     hub_files(REPO)
     for folder in [tmp_path, *tmp_path.parents]:
         folder.chmod(folder.stat().st_mode | 0o555)
@@ -485,7 +485,7 @@ def test_a_read_only_cache(hub, tmp_path):
 
 
 @pytest.mark.parametrize("disabled", ["", "1"])
-def test_progress_on_a_terminal(hub, monkeypatch, disabled):
+def test_a_terminal_shows_progress(hub, monkeypatch, disabled):
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", disabled)
     hub.add(REPO, {**FILES, BIN: LARGE * 200})
     hub.faults["cdn"] = [{"slow": 0.03}]
@@ -509,7 +509,7 @@ def test_progress_on_a_terminal(hub, monkeypatch, disabled):
 
 @pytest.mark.parametrize("pinned, expected", [
     (None, LARGE), ("refs/pr/2", b"converted"), ("commit", b"converted"), ("0" * 40, LARGE)])
-def test_a_pinned_conversion(hub, monkeypatch, pinned, expected):
+def test_a_pinned_conversion_is_used_while_it_exists(hub, monkeypatch, pinned, expected):
     commit = hub.add(REPO, {"model.safetensors": b"converted"}, "refs/pr/2")
     conversions = {REPO: commit if pinned == "commit" else pinned} if pinned else {}
     monkeypatch.setattr(client, "CONVERSIONS", conversions)  # the last one is gone
@@ -521,7 +521,7 @@ def test_a_pinned_conversion(hub, monkeypatch, pinned, expected):
     assert hub_files(REPO)["weights"].read_bytes() == expected
 
 
-def test_safetensors_on_main_and_settings_of_generate(hub):
+def test_files_on_main_are_found(hub):
     hub.add(REPO, {**FILES, "model.safetensors": b"main", "generation_config.json": b"{}"})
     files = hub_files(REPO)
     assert files["weights"].read_bytes() == b"main"
@@ -532,12 +532,12 @@ def test_safetensors_on_main_and_settings_of_generate(hub):
     ("model.safetensors.index.json", ValueError, "sharded"),
     ("pytorch_model.bin.index.json", ValueError, "max_shard_size"),
     ("tf_model.h5", EntryNotFoundError, "no model.safetensors")])
-def test_weights_that_cannot_be_used(hub, name, kind, words):
+def test_weights_that_cannot_be_used_are_named(hub, name, kind, words):
     hub.add(REPO, {"config.json": b"{}", "sentencepiece.bpe.model": b"m", name: b"{}"})
     assert words in fails(kind, REPO, find=hub_files)
 
 
-def test_names_and_settings_that_cannot_be_right(hub, monkeypatch):
+def test_impossible_names_and_settings_are_refused(hub, monkeypatch):
     for name in "", "a/b/c", "../x", "./model", "a b/c", "a/b\n", "/a", "a/", "é/b", "a\\b":
         assert repr(name) in fails(ValueError, name, find=hub_files)
     for address in "huggingface.co", "ftp://huggingface.co":
@@ -547,7 +547,7 @@ def test_names_and_settings_that_cannot_be_right(hub, monkeypatch):
 
 
 @pytest.mark.skipif(not (ROOT / "barthez.py").exists(), reason="the client alone")
-def test_a_first_run(hub, tmp_path):
+def test_a_first_run_downloads_loads_and_summarizes(hub, tmp_path):
     """The default model's name, the real Hub's answers: a summary, and no other word."""
     plain = ROOT / "tests/goldens/plain"
     names = "config.json", "sentencepiece.bpe.model", "model.safetensors"
