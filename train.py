@@ -577,9 +577,10 @@ def prepare(model, options):
             raise ValueError(f"--{name.replace('_', '-')} {length}: the model has {positions} "
                              f"positions; --set max_position_embeddings={length} adds more")
     if options.precision is None:
-        fast = (torch.cuda.is_bf16_supported(including_emulation=False)
-                if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported())
-        options.precision = "bfloat16" if fast else "float32"
+        computes_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        if torch.cuda.is_available():
+            computes_bfloat16 = partial(torch.cuda.is_bf16_supported, including_emulation=False)
+        options.precision = "bfloat16" if computes_bfloat16() else "float32"
     for stack in (model.model.encoder, model.model.decoder):
         stack.gradient_checkpointing = options.gradient_checkpointing
 

@@ -16,8 +16,8 @@ Contenders have BARThez's sizes and the same random weights:
     transformers    MBart, with full attention (with --dense)
     CTranslate2     MBart in an engine for inference, in float32 and in int8 (with --dense)
     bound           the linear layers alone: the calls that our model makes, with random inputs of
-                    the same shapes. In training forward and backward, and Adam. In start, reading
-                    the file into memory.
+                    the same shapes; in training, forward and backward, and Adam. In start, reading
+                    the file with a copy, which mapping it into memory avoids.
 
 Each contender is a process. They take turns, A B C A B C …, and the first turn is not timed. A
 ratio compares runs of the same turn; the table shows the median, the least and the largest.

@@ -42,7 +42,8 @@ def run(line, folder):
     if "--train" in words:
         words += ["--steps", "2", "--batch-tokens", "400", "--set", "block_size=16",
                   "sparse_block_size=16", "max_position_embeddings=128"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+                                "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(words, cwd=folder, env=environment, check=True, capture_output=True,
                           text=True, timeout=100).stdout
 
