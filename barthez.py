@@ -714,6 +714,8 @@ def build_model(config, architecture, tensors):
             new_heads.add(name.partition(".")[0])
         else:
             state[name] = shared if tensors[name] is embedding else tensors[name]
+    if "lm_head.weight" in state and not config.tie_word_embeddings:
+        state["lm_head.weight"] = state["lm_head.weight"].detach().clone()  # of its own
     model.load_state_dict(state, assign=True)
 
     for head in sorted(new_heads - {"final_logits_bias"}):

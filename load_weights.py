@@ -121,7 +121,11 @@ def read_json(path):
 def read_tensors(path):
     """All tensors of a file, {name: tensor}, mapped into memory. No pickled code is run."""
     try:
-        return load_file(path) if path.suffix == ".safetensors" else read_pickled(path)
+        tensors = load_file(path) if path.suffix == ".safetensors" else read_pickled(path)
+        for name, tensor in tensors.items():
+            if "float8" in str(tensor.dtype) or "float4" in str(tensor.dtype):
+                raise ValueError(f"{name} is {tensor.dtype}")
+        return tensors
     except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
         if isinstance(error, OSError) or out_of_memory(error):
             raise
@@ -175,7 +179,7 @@ def rename(tensors, tied):
     tensors = {name: x for name, x in tensors.items() if not UNUSED.fullmatch(name)}
     names = EMBEDDINGS if tied else EMBEDDINGS[:3]
     copies = [tensors[name] for name in names if name in tensors]
-    if any(not torch.equal(copies[0], copy) for copy in copies):
+    if any(copy.dtype != copies[0].dtype or not torch.equal(copy, copies[0]) for copy in copies):
         raise ValueError(f"tied matrices differ: {', '.join(names)}. Remove the wrong ones"
                          + (", or set tie_word_embeddings to false" if tied else ""))
     if copies:

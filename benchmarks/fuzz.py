@@ -31,7 +31,7 @@ from safetensors.torch import load, save
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from barthez import ARCHITECTURES, BEAM_SETTINGS, load_model, save_model
-from load_weights import LSG_KEYS, run
+from load_weights import EMBEDDINGS, LSG_KEYS, run
 
 FAULTS = "traceback", "signal", "hang", "lost"
 PLAIN = ROOT / "tests" / "goldens" / "plain"  # a small model
@@ -106,16 +106,16 @@ def damage_header(rng):
 
 def damage_tensors(rng, changes=1):
     """Tensors of other names, shapes, types and values, or that share memory, in three formats."""
-    originals = load(WEIGHTS.read_bytes())
-    tensors = dict(originals)
-    other = rng.choice(list(originals))
-    for name in rng.sample(list(originals), changes):
-        x = originals[name]
+    tensors = load(WEIGHTS.read_bytes())
+    embedding = [name for name in tensors if name.endswith("shared.weight")]  # the tied matrix
+    for name in rng.choices([*tensors, *embedding * 20], k=changes):
+        x = tensors[name]
+        other = tensors[rng.choice(list(tensors))]
         others = [x[None], x[0], x[1:], x[:0], x.flatten(), x[:1].expand(x.shape), x / 0,
-                  x * 1e30, x.long(), x.double(), x.to(torch.float8_e4m3fn), originals[other]]
+                  x * 1e30, x.long(), x.double(), x.to(torch.float8_e4m3fn), other, x]
         if rng.random() < 0.3:
             del tensors[name]
-            name = rng.choice([name + "x", "model." + name, name[6:], "lm_head.weight"])
+            name = rng.choice([name + "x", "model." + name, name[6:], *EMBEDDINGS])
         tensors[name] = rng.choice(others)
     if rng.random() < 0.5:
         WEIGHTS.write_bytes(save({name: x.contiguous().clone() for name, x in tensors.items()}))

@@ -247,6 +247,26 @@ def test_untied_weights_stay_different(folder):
     assert model.model.encoder.embed_tokens.weight is model.model.shared.weight
 
 
+def test_tied_weights_can_be_untied_and_saved(folder, tmp_path):
+    model, tokenizer = load_model(folder, lsg=False, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    assert torch.equal(model.model.shared.weight, TENSORS[SHARED])
+    save_model(model, tokenizer, tmp_path / "untied")
+    again, _ = load_model(tmp_path / "untied", lsg=False)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_float8_is_refused(folder, both):
+    tensors = TENSORS | {"lm_head.weight": TENSORS[SHARED].to(torch.float8_e4m3fn)}
+    if both:
+        tensors[SHARED] = tensors["lm_head.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="float8"):
+        load_model(folder)
+
+
 def test_final_logits_bias_is_optional(folder, plain_logits):
     tensors = dict(TENSORS)
     bias = tensors.pop("final_logits_bias")
