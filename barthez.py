@@ -35,9 +35,10 @@ from torch.utils.checkpoint import checkpoint
 
 from beam_search import Cache, beam_search
 from cpu import accelerate, keep_freed_memory, packed_weights, tokens_in_pieces
-from load_weights import (EMBEDDING, GLOBALS, LSG_KEYS, POSITIONS, NoNetwork, architecture_name,
-                          convert_to_lsg, notice, one_line, parse_settings, published_config,
-                          read_checkpoint, resize_positions, run, write_checkpoint)
+from load_weights import (EMBEDDING, GLOBALS, LSG_KEYS, NUM_GLOBALS, POSITIONS, NoNetwork,
+                          architecture_name, convert_to_lsg, notice, one_line, parse_settings,
+                          published_config, read_checkpoint, resize_positions, run,
+                          write_checkpoint)
 from lsg import SPARSITY_TYPES, boolean_mask, check_options, full_attention, lsg_attention
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
@@ -53,7 +54,6 @@ BEAM_SETTINGS = ("num_beams", "num_return_sequences", "max_length", "min_length"
                  "no_repeat_ngram_size", "early_stopping")
 OTHER_HEADS = "classification_head.", "qa_outputs."
 HEADS = ("lm_head.", "final_logits_bias") + OTHER_HEADS
-NUM_GLOBAL_EMBEDDINGS = 512  # rows of the published table; the first num_global_tokens are used
 
 
 # ------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ LIMITS = {  # (least, greatest) value of the numbers in config.json; default: 1 
     **dict.fromkeys(TOKEN_IDS, (0, 10**7)), "vocab_size": (1, 10**7),
     "encoder_layers": (1, 1000), "decoder_layers": (1, 1000), "init_std": (0, 100),
     "sparse_block_size": (0, 10**6), "sparsity_factor": (0, 10**6), "lsh_num_pre_rounds": (0, 100),
-    "num_global_tokens": (1, NUM_GLOBAL_EMBEDDINGS), "num_beams": (1, 1000),
+    "num_global_tokens": (1, NUM_GLOBALS), "num_beams": (1, 1000),
     "max_length": (2, 10**6), "min_length": (0, 10**6), "no_repeat_ngram_size": (0, 10**6),
     "length_penalty": (-50, 50)}
 CHOICES = {
@@ -352,7 +352,7 @@ class Encoder(Stack):
         layers = [EncoderLayer(config) for _ in range(config.encoder_layers)]
         super().__init__(config, shared, layers, config.encoder_layerdrop)
         if config.lsg:
-            self.global_embeddings = nn.Embedding(NUM_GLOBAL_EMBEDDINGS, config.d_model)
+            self.global_embeddings = nn.Embedding(NUM_GLOBALS, config.d_model)
 
     def forward(self, input_ids, attention_mask=None):
         """input_ids (B, T); attention_mask (B, T), True or 1 except for padding.

@@ -46,7 +46,7 @@ EMBEDDING, *_ = EMBEDDINGS = ("model.shared.weight", "model.encoder.embed_tokens
                               "model.decoder.embed_tokens.weight", "lm_head.weight")
 GLOBALS = "model.encoder.global_embeddings.weight"
 POSITIONS = "model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"
-NUM_GLOBALS = 512  # rows of the published table of global tokens
+NUM_GLOBALS = 512  # rows of the published table; the first num_global_tokens are used
 LSG_KEYS = {  # of config.json, with their defaults
     "adaptive": True, "block_size": 128, "lsh_num_pre_rounds": 1, "mask_first_token": False,
     "num_global_tokens": 1, "pass_global_tokens_to_decoder": True, "pool_with_global": True,
