@@ -175,17 +175,12 @@ CHOICES = {
 
 def check_field(name, value, kind):
     """Check the type and the range of one field of the configuration."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(value, bool):  # in Python also an int
-        fits = kind in (bool, bool | str)
-    elif kind is float:
-        fits = is_number
-    else:
-        fits = isinstance(value, kind)
-    if not fits:
+    is_bool = isinstance(value, bool)  # in Python also an int
+    accepted = int | float if kind is float else kind
+    if not isinstance(value, accepted) or is_bool and kind not in (bool, bool | str):
         raise ValueError(f"{name}={value!r}: expected {getattr(kind, '__name__', kind)}")
     low, high = LIMITS.get(name, (1, 10**6))
-    if is_number and not low <= value <= high:
+    if isinstance(value, int | float) and not is_bool and not low <= value <= high:
         raise ValueError(f"{name}={value!r}: choose a number from {low} to {high}")
 
 
@@ -397,21 +392,23 @@ class Decoder(Stack):
         pairs = [layer.encoder_attn.keys_values(encoder_states) for layer in self.layers]
         return [(key.contiguous(), value.contiguous()) for key, value in pairs]
 
-    def forward(self, input_ids, cross_kv=None, cross_visible=None, visible=None, cache=None):
-        """input_ids (B, T), cross_visible (B, S) -> states (B, T, E).
+    def forward(self, input_ids, cross_kv=None, cross_visible=None, attention_mask=None,
+                cache=None):
+        """input_ids, attention_mask (B, T), cross_visible (B, S) -> states (B, T, E).
 
-        visible (B, 1, T, T): which tokens each token sees; default: itself and those before it.
+        A token sees itself and those before it.
         cache: see beam_search.Cache. The T tokens are then the newest ones of the beams of each
         document: they have the same position, see the same document, and their own histories.
         """
-        T = input_ids.shape[1]
         if cache is not None:
             visible = cache.next_step()  # (B, 1, beams, all tokens written so far)
             positions = self.embed_positions(cache.position, 1)  # (1, E)
         else:
-            positions = self.embed_positions(0, T)  # (T, E)
-        if visible is None:
+            T = input_ids.shape[1]
             visible = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()
+            positions = self.embed_positions(0, T)  # (T, E)
+        if attention_mask is not None:
+            visible = visible & boolean_mask(attention_mask)[:, None, None]  # (B, 1, T, T)
         if cross_visible is not None:
             cross_visible = cross_visible[:, None, None]  # (B, 1, 1, S)
         x = self.dropout(self.layernorm_embedding(self.embed(input_ids, positions)))
@@ -611,12 +608,7 @@ class BarthezForCausalLM(nn.Module):
 
     def forward(self, input_ids, attention_mask=None, labels=None):
         """All (B, T) -> logits (B, T, V)."""
-        visible = None
-        if attention_mask is not None:
-            T = input_ids.shape[1]
-            causal = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()
-            visible = causal & boolean_mask(attention_mask)[:, None, None]  # (B, 1, T, T)
-        states = self.model["decoder"](input_ids, visible=visible)
+        states = self.model["decoder"](input_ids, attention_mask=attention_mask)
         logits = self.lm_head(states)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return Output(loss=loss, logits=logits, last_hidden_state=states)
@@ -698,14 +690,14 @@ def build_model(config, architecture, tensors):
     Raises ValueError if the tensors do not fit. Warns if the checkpoint lacks the model's head, or
     has a head that the model does not use.
     """
-    with torch.device("meta"), SkipInit():
+    with torch.device("meta"), SkipInit():  # shapes without memory
         model = ARCHITECTURES[architecture](config)
-    if architecture == "Model":  # its names lack the prefix
-        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    state = model.state_dict()  # shapes without memory
+    # The names of the model without a head lack the prefix "model.".
+    named = nn.ModuleDict({"model": model}) if architecture == "Model" else model
+    state = named.state_dict()
     check_tensors(state, tensors, architecture)
 
-    embedding = tensors[EMBEDDING.removeprefix("model.") if architecture == "Model" else EMBEDDING]
+    embedding = tensors[EMBEDDING]
     shared = nn.Parameter(embedding)  # read_checkpoint has one tensor for all tied matrices
     new_heads = set()
     for name in state:
@@ -716,7 +708,7 @@ def build_model(config, architecture, tensors):
             state[name] = shared if tensors[name] is embedding else tensors[name]
     if "lm_head.weight" in state and not config.tie_word_embeddings:
         state["lm_head.weight"] = state["lm_head.weight"].detach().clone()  # of its own
-    model.load_state_dict(state, assign=True)
+    named.load_state_dict(state, assign=True)
 
     for head in sorted(new_heads - {"final_logits_bias"}):
         warnings.warn(f"the checkpoint has no {head}: it is initialized and needs training",
@@ -730,7 +722,7 @@ def build_model(config, architecture, tensors):
 
 def check_tensors(state, tensors, architecture):
     """Raise ValueError that names all missing, unexpected and misshapen tensors."""
-    may_be_unused = HEADS + ("encoder.global_embeddings", "model.encoder.global_embeddings")
+    may_be_unused = *HEADS, GLOBALS
     if architecture == "ForCausalLM":
         may_be_unused += "model.encoder.", EMBEDDING
     faults = [f"missing {name}" for name in state.keys() - tensors.keys()
@@ -787,9 +779,10 @@ def save_model(model, tokenizer, folder):
 # ------------------------------------------------------------------------------------------------
 # The command line
 
-DEFAULT_MODELS = {"summarize": "moussaKam/barthez-orangesum-abstract",
-                  "fill_mask": "moussaKam/barthez",
-                  "classify": "moussaKam/barthez-sentiment-classification"}
+TASKS = {  # the default model and the architecture
+    "summarize": ("moussaKam/barthez-orangesum-abstract", "ForConditionalGeneration"),
+    "fill_mask": ("moussaKam/barthez", "ForConditionalGeneration"),
+    "classify": ("moussaKam/barthez-sentiment-classification", "ForSequenceClassification")}
 OVERRIDES = {  # keys of config.json that have an option of their own
     "num_beams": (int, "1 is greedy search"), "max_length": (int, "in tokens"),
     "min_length": (int, "in tokens"), "length_penalty": (float, "above 0 favors long texts"),
@@ -809,7 +802,8 @@ def parse_arguments():
     parser.add_argument("--model", help="Hub id, folder, or tiny, the bundled model (default: "
                         "a published BARThez made for the task)")
     parser.add_argument("--revision", help="branch, tag, commit or refs/pr/N on the Hub")
-    parser.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda, … (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--dense", action="store_true", help="full attention instead of LSG")
     parser.add_argument("--max-source-length", type=int, metavar="N",
@@ -821,14 +815,14 @@ def parse_arguments():
     arguments = parser.parse_args()
 
     overrides = parse_settings(arguments.set)
-    given = {key: getattr(arguments, key) for key in OVERRIDES}
-    overrides |= {key: value for key, value in given.items() if value is not None}
-    unused = overrides.keys() & {"num_return_sequences"}
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    overrides |= {key: given[key] for key in OVERRIDES if key in given}
+    useless = {"num_return_sequences"}
     if arguments.dense:
-        unused |= overrides.keys() & LSG_KEYS.keys()
+        useless |= LSG_KEYS.keys()
     if not arguments.summarize:
-        unused |= overrides.keys() & set(BEAM_SETTINGS)
-        unused |= {"max_source_length"} if arguments.max_source_length is not None else set()
+        useless |= {"max_source_length", *BEAM_SETTINGS}
+    unused = useless & (given.keys() | overrides.keys())
     if unused:
         raise ValueError(f"{', '.join(sorted(unused))}: no effect here, leave it out")
     return arguments, overrides
@@ -840,22 +834,16 @@ def main():
     if arguments.summarize:
         summarize_files(arguments, overrides)
     elif arguments.fill_mask is not None:
-        fill_mask(arguments.fill_mask, *load(arguments, "fill_mask", overrides))
+        fill_mask(arguments.fill_mask, *load("fill_mask", arguments, overrides))
     else:
-        classify(arguments.classify, *load(arguments, "classify", overrides))
+        classify(arguments.classify, *load("classify", arguments, overrides))
 
 
-def load(arguments, task, overrides):
-    """The model and tokenizer that were asked for. A checkpoint of another task is an error."""
-    source, device = arguments.model, arguments.device
-    if source is None:
-        source = DEFAULT_MODELS[task]
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    architecture = "ForConditionalGeneration"
-    if task == "classify":
-        architecture = "ForSequenceClassification"
-    options = overrides | {"architecture": architecture, "device": device,
+def load(task, arguments, overrides):
+    """The model and tokenizer for a task. A checkpoint that was made for another is an error."""
+    default_model, architecture = TASKS[task]
+    source = default_model if arguments.model is None else arguments.model
+    options = overrides | {"architecture": architecture, "device": arguments.device,
                            "dtype": arguments.dtype, "num_return_sequences": 1}
     if arguments.dense:
         options["lsg"] = False
@@ -884,13 +872,14 @@ def summarize_files(arguments, overrides):
             notice(f"barthez.py: {error}")
     if not texts:
         sys.exit(2)
-    model, tokenizer = load(arguments, "summarize", overrides)
+    model, tokenizer = load("summarize", arguments, overrides)
     limit = arguments.max_source_length
-    if limit is not None:
-        longest = max(len(tokenizer.encode(text)) for _, text in texts)
-        if min(limit, longest) > tokenizer.model_max_length:
-            overrides = overrides | {"max_position_embeddings": min(limit, longest)}
-            model, tokenizer = load(arguments, "summarize", overrides)
+    if limit is None:
+        limit = tokenizer.model_max_length
+    needed = min(limit, max(len(tokenizer.encode(text)) for _, text in texts))
+    if needed > tokenizer.model_max_length:
+        overrides["max_position_embeddings"] = needed
+        model, tokenizer = load("summarize", arguments, overrides)
     for name, text in texts:
         print(summarize(model, tokenizer, name, text, limit), flush=True)
     if len(texts) < len(arguments.summarize):
@@ -914,11 +903,9 @@ def read_text(name):
     return text
 
 
-def summarize(model, tokenizer, name, text, max_source_length=None):
-    """The summary of the first max_source_length tokens of a text. `name` is for notices."""
-    if max_source_length is None:
-        max_source_length = tokenizer.model_max_length
-    ids, whole = tokenizer.encode(text, max_length=max_source_length), len(tokenizer.encode(text))
+def summarize(model, tokenizer, name, text, limit):
+    """The summary of the first `limit` tokens of a text. `name` is for notices."""
+    ids, whole = tokenizer.encode(text, max_length=limit), len(tokenizer.encode(text))
     if len(ids) < whole:
         notice(f"{name}: reading the first {len(ids):,} of {whole:,} tokens; --max-source-length "
                f"{whole} reads all")

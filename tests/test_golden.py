@@ -144,12 +144,10 @@ def test_heads_equal_the_original(case):
     padding = inputs.pop("decoder_attention_mask", None)
     out = model(**inputs)
     if padding is not None:  # our heads have no such argument, but the decoder has
-        ids = inputs["decoder_input_ids"]
-        T = ids.shape[1]
-        visible = torch.ones(T, T).tril().bool() & padding.bool()[:, None, None]  # (B, 1, T, T)
         states, document_visible = model.encoder(inputs["input_ids"], inputs["attention_mask"])
         cross_kv = model.decoder.cross_kv(states)
-        out.last_hidden_state = model.decoder(ids, cross_kv, document_visible, visible)
+        out.last_hidden_state = model.decoder(inputs["decoder_input_ids"], cross_kv,
+                                              document_visible, padding)
     for name, expected in section("heads", case["name"] + "/").items():
         if not name.startswith("inputs/"):
             assert_close(getattr(out, name), expected)
