@@ -52,13 +52,15 @@ def convolution_is_faster():
     if not torch.backends.mkldnn.is_available():
         return False
     x, weight = torch.ones(512, 768), torch.ones(768, 768)
-    seconds = {F.linear: [], linear_as_convolution: []}
-    for _ in range(5):
-        for function, times in seconds.items():
-            start = time.perf_counter()
-            function(x, weight, None)
-            times.append(time.perf_counter() - start)
-    return min(seconds[F.linear]) > 1.1 * min(seconds[linear_as_convolution])
+
+    def seconds(product):
+        start = time.perf_counter()
+        product(x, weight, None)
+        return time.perf_counter() - start
+
+    linear = min(seconds(F.linear) for _ in range(5))
+    convolution = min(seconds(linear_as_convolution) for _ in range(5))
+    return linear > 1.1 * convolution
 
 
 def tokens_in_pieces(feed_forward):

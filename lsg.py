@@ -194,15 +194,18 @@ def sparse_keys(first_query, key, value, visible, block_size, sparse_block_size,
             index = stride(key, sparsity_factor)
         else:
             index = block_stride(key, block_size, sparsity_factor)
-        return take(key, index), take(value, index), visible.gather(2, index)
+        key, value = (x.take_along_dim(index[..., None], dim=2) for x in (key, value))
+        return key, value, visible.gather(2, index)
 
     # Average neighbors.
-    seen = visible.unflatten(2, (-1, sparsity_factor))  # (B, H, M, factor)
+    groups = -1, sparsity_factor
+    key, value, visible = (x.unflatten(2, groups) for x in (key, value, visible))
     if sparsity_type == "pooling":
-        weight = (seen / (seen.sum(-1, keepdim=True) + 1e-6)).to(key.dtype)
+        weight = (visible / (visible.sum(-1, keepdim=True) + 1e-6)).to(key.dtype)
     else:  # bos_pooling, or lsh with a single bucket per chunk, as in the original
-        weight = bos_weight(first_query, key, seen)
-    return weighted_sum(key, weight), weighted_sum(value, weight), seen.any(-1)
+        weight = bos_weight(first_query, key, visible)
+    weight = weight[..., None]  # (B, H, M, factor, 1)
+    return (weight * key).sum(3), (weight * value).sum(3), visible.any(3)
 
 
 def norm(key, visible, chunk_size, factor):
@@ -230,24 +233,10 @@ def block_stride(key, block_size, factor):
     return (first + index).flatten(1).expand(len(key), -1, -1)  # (B, H, M)
 
 
-def take(x, index):
-    """The rows of x (B, H, length, D) at index (B, H, M): (B, H, M, D)."""
-    batch = torch.arange(x.shape[0], device=x.device)[:, None, None]
-    head = torch.arange(x.shape[1], device=x.device)[:, None]
-    return x[batch, head, index]
-
-
-def bos_weight(first_query, key, seen):
-    """The attention weights (B, H, M, factor) of the first token within each group."""
-    score = (key @ first_query[..., None]).squeeze(-1) / math.sqrt(key.shape[-1])
-    score = score.unflatten(2, seen.shape[2:])  # (B, H, M, factor)
-    return score.masked_fill(~seen, torch.finfo(score.dtype).min).softmax(-1)
-
-
-def weighted_sum(x, weight):
-    """Sums of neighbors: x (B, H, length, D), weight (B, H, M, factor) -> (B, H, M, D)."""
-    factor = weight.shape[-1]
-    return sum(weight[..., i, None] * x[:, :, i::factor] for i in range(factor))
+def bos_weight(first_query, key, visible):
+    """The attention weights (B, H, M, factor) of the first token, within each group of keys."""
+    score = torch.einsum("bhd,bhmfd->bhmf", first_query, key) / math.sqrt(key.shape[-1])
+    return score.masked_fill(~visible, torch.finfo(score.dtype).min).softmax(-1)
 
 
 def lsh(key, value, visible, chunk_size, factor, pre_rounds):
@@ -336,13 +325,12 @@ def written_out(attention):
     def attention_written_out(query, key, value, visible=None, dropout_p=0.0):
         bf16 = query.dtype == torch.bfloat16
         few_queries = query.shape[-2] <= (256 if bf16 else 8)
-        if not query.is_cpu or not (few_queries or bf16 and torch.is_grad_enabled()):
+        slow = query.is_cpu and (few_queries or bf16 and torch.is_grad_enabled())
+        if visible is None or not slow:
             return attention(query, key, value, visible, dropout_p)
         query = query / math.sqrt(query.shape[-1])
         # In float32, the product whose first factor has more rows is the faster one.
         scores = query @ key.mT if bf16 else (key @ query.mT).mT  # (…, T, K)
-        if visible is None:
-            return F.dropout(scores.softmax(-1), dropout_p) @ value
         scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)
         out = F.dropout(scores.softmax(-1), dropout_p) @ value
         return out.masked_fill(~visible.any(-1, keepdim=True), 0)
