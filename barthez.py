@@ -35,9 +35,9 @@ from torch.utils.checkpoint import checkpoint
 
 from beam_search import Cache, beam_search
 from cpu import accelerate, keep_freed_memory, packed_weights, tokens_in_pieces
-from load_weights import (EMBEDDING, GLOBALS, LSG_KEYS, NUM_GLOBALS, POSITIONS, NoNetwork,
-                          architecture_name, convert_to_lsg, notice, one_line, parse_settings,
-                          published_config, read_checkpoint, resize_positions, run,
+from load_weights import (EMBEDDING, EMBEDDINGS, GLOBALS, LSG_KEYS, NUM_GLOBALS, POSITIONS,
+                          NoNetwork, architecture_name, convert_to_lsg, notice, one_line,
+                          parse_settings, published_config, read_checkpoint, resize_positions, run,
                           write_checkpoint)
 from lsg import SPARSITY_TYPES, boolean_mask, check_options, full_attention, lsg_attention
 
@@ -47,12 +47,12 @@ ALIASES = {  # other names that the model card and transformers use for keys of 
     "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads",
     "attention_probs_dropout_prob": "attention_dropout", "lsg_num_pre_rounds": "lsh_num_pre_rounds"}
 LSG_OPTIONS = ("block_size", "sparse_block_size", "sparsity_factor", "sparsity_type",
-               "num_global_tokens", "lsh_num_pre_rounds", "adaptive")
+               "num_global_tokens", "lsh_num_pre_rounds")
 TOKEN_IDS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id",
              "forced_eos_token_id")
 BEAM_SETTINGS = ("num_beams", "num_return_sequences", "max_length", "min_length", "length_penalty",
                  "no_repeat_ngram_size", "early_stopping")
-OTHER_HEADS = "classification_head.", "qa_outputs."
+OTHER_HEADS = "classification_head.", "qa_outputs."  # of models that do not write text
 HEADS = ("lm_head.", "final_logits_bias") + OTHER_HEADS
 
 
@@ -110,7 +110,7 @@ class BarthezConfig:
     forced_eos_token_id: int | None = 2  # the last token of a text that reaches max_length
     num_beams: int = 1
     num_return_sequences: int = 1  # texts for each document, at most num_beams
-    max_length: int | None = None  # in tokens, with the start token; None: 20, as in transformers
+    max_length: int | None = None  # tokens, with the start token; None: 20 (--summarize: 128)
     min_length: int = 0
     length_penalty: float = 1.0  # a text scores its log-probability / length**length_penalty
     no_repeat_ngram_size: int = 0
@@ -134,9 +134,7 @@ class BarthezConfig:
             raise ValueError(f"num_return_sequences={self.num_return_sequences} is more than "
                              f"num_beams={self.num_beams}")
         if self.lsg:
-            options = {name: getattr(self, name) for name in LSG_OPTIONS}
-            del options["adaptive"]
-            check_options(**options)
+            check_options(**{name: getattr(self, name) for name in LSG_OPTIONS})
 
     @classmethod
     def from_dict(cls, settings):
@@ -146,7 +144,8 @@ class BarthezConfig:
         known = {}
         for f in fields(cls):
             value = settings.get(f.name, f.default)
-            if value is None and not isinstance(None, f.type):
+            may_be_none = isinstance(None, f.type)
+            if value is None and not may_be_none:
                 value = f.default
             if value is MISSING:
                 raise ValueError(f"{f.name} is missing")
@@ -160,13 +159,12 @@ class BarthezConfig:
 
 LIMITS = {  # (least, greatest) value of the numbers in config.json; default: 1 to a million
     **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "classifier_dropout",
-                     "encoder_layerdrop", "decoder_layerdrop"), (0, 1)),
-    **dict.fromkeys(TOKEN_IDS, (0, 10**7)), "vocab_size": (1, 10**7),
-    "encoder_layers": (1, 1000), "decoder_layers": (1, 1000), "init_std": (0, 100),
-    "sparse_block_size": (0, 10**6), "sparsity_factor": (0, 10**6), "lsh_num_pre_rounds": (0, 100),
-    "num_global_tokens": (1, NUM_GLOBALS), "num_beams": (1, 1000),
-    "max_length": (2, 10**6), "min_length": (0, 10**6), "no_repeat_ngram_size": (0, 10**6),
-    "length_penalty": (-50, 50)}
+                     "encoder_layerdrop", "decoder_layerdrop", "init_std"), (0, 1)),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_beams"), (1, 1000)),
+    **dict.fromkeys((*TOKEN_IDS, "sparse_block_size", "sparsity_factor", "min_length",
+                     "no_repeat_ngram_size"), (0, 10**6)),
+    "num_global_tokens": (1, NUM_GLOBALS), "lsh_num_pre_rounds": (0, 100),
+    "max_length": (2, 10**6), "length_penalty": (-50, 50)}
 CHOICES = {
     "activation_function": ACTIVATIONS, "early_stopping": (True, False, "never"),
     "problem_type": ("regression", "single_label_classification", "multi_label_classification",
@@ -175,12 +173,14 @@ CHOICES = {
 
 def check_field(name, value, kind):
     """Check the type and the range of one field of the configuration."""
+    if kind is float:
+        kind = int | float
     is_bool = isinstance(value, bool)  # in Python also an int
-    accepted = int | float if kind is float else kind
-    if not isinstance(value, accepted) or is_bool and kind not in (bool, bool | str):
+    if not isinstance(value, kind) or is_bool and kind not in (bool, bool | str):
         raise ValueError(f"{name}={value!r}: expected {getattr(kind, '__name__', kind)}")
+    is_number = isinstance(value, int | float) and not is_bool
     low, high = LIMITS.get(name, (1, 10**6))
-    if isinstance(value, int | float) and not is_bool and not low <= value <= high:
+    if is_number and not low <= value <= high:
         raise ValueError(f"{name}={value!r}: choose a number from {low} to {high}")
 
 
@@ -266,19 +266,13 @@ class Layer(nn.Module):
         hidden = self.activation(self.fc1(self.final_layer_norm(x)))  # (B, T, ffn_dim)
         return x + self.dropout(self.fc2(self.activation_dropout(hidden)))
 
-
-class EncoderLayer(Layer):
-    def __init__(self, config):
-        attend = full_attention
-        if config.lsg:
-            attend = partial(lsg_attention, **{key: getattr(config, key) for key in LSG_OPTIONS})
-        super().__init__(config, config.encoder_attention_heads, config.encoder_ffn_dim, attend)
-
     def forward(self, x, visible):
         return self.feed_forward(self.attend_to_itself(x, visible))
 
 
 class DecoderLayer(Layer):
+    """The same, with attention to the document in between."""
+
     def __init__(self, config):
         heads = config.decoder_attention_heads
         super().__init__(config, heads, config.decoder_ffn_dim)
@@ -298,23 +292,6 @@ class DecoderLayer(Layer):
 # Encoder and decoder
 
 
-class PositionalEmbedding(nn.Embedding):
-    """Learned positions. The first two rows of mBART's table are unused."""
-    OFFSET = 2
-
-    def __init__(self, num_positions, embed_dim):
-        super().__init__(num_positions + self.OFFSET, embed_dim)
-
-    def forward(self, first, length):
-        """The rows of the positions first, first + 1, …: (length, E)."""
-        num_positions = self.num_embeddings - self.OFFSET
-        if first + length > num_positions:
-            raise ValueError(f"{first + length} tokens, but the model has {num_positions} positions"
-                             ": cut the text, or load the model with max_position_embeddings="
-                             f"{first + length}")
-        return self.weight[first + self.OFFSET:first + length + self.OFFSET]
-
-
 class Stack(nn.Module):
     """Embeddings, layers and a final norm: the parts that encoder and decoder share."""
 
@@ -322,7 +299,8 @@ class Stack(nn.Module):
         super().__init__()
         self.config, self.layerdrop = config, layerdrop
         self.embed_tokens = shared
-        self.embed_positions = PositionalEmbedding(config.max_position_embeddings, config.d_model)
+        # mBART does not use the first two rows.
+        self.embed_positions = nn.Embedding(config.max_position_embeddings + 2, config.d_model)
         self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
         self.layernorm_embedding = nn.LayerNorm(config.d_model)
         self.dropout = nn.Dropout(config.dropout)
@@ -330,8 +308,16 @@ class Stack(nn.Module):
         self.layer_norm = nn.LayerNorm(config.d_model)
         self.gradient_checkpointing = False  # True: training keeps only the inputs of each layer
 
-    def embed(self, input_ids, positions):
-        """Token embeddings of input_ids (B, T), plus positions (T or 1, E): (B, T, E)."""
+    def embed(self, input_ids, first, end):
+        """Token embeddings of input_ids (B, T) plus those of the positions first, …, end - 1.
+
+        They are T positions, or one for all tokens. Returns (B, T, E).
+        """
+        if end > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{end} tokens, but the model has {self.config.max_position_embeddings} positions: "
+                f"cut the text, or load the model with max_position_embeddings={end}")
+        positions = self.embed_positions.weight[first + 2:end + 2]  # (T or 1, E)
         return self.embed_tokens(input_ids) * self.embed_scale + positions
 
     def run_layer(self, layer, x, *inputs):
@@ -344,7 +330,12 @@ class Stack(nn.Module):
 
 class Encoder(Stack):
     def __init__(self, config, shared):
-        layers = [EncoderLayer(config) for _ in range(config.encoder_layers)]
+        attend = full_attention
+        if config.lsg:
+            options = {name: getattr(config, name) for name in LSG_OPTIONS}
+            attend = partial(lsg_attention, adaptive=config.adaptive, **options)
+        layers = [Layer(config, config.encoder_attention_heads, config.encoder_ffn_dim, attend)
+                  for _ in range(config.encoder_layers)]
         super().__init__(config, shared, layers, config.encoder_layerdrop)
         if config.lsg:
             self.global_embeddings = nn.Embedding(NUM_GLOBALS, config.d_model)
@@ -359,13 +350,13 @@ class Encoder(Stack):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
         visible = boolean_mask(attention_mask)
-        x = self.embed(input_ids, self.embed_positions(0, input_ids.shape[1]))  # (B, T, E)
+        x = self.embed(input_ids, 0, input_ids.shape[1])  # (B, T, E)
         if config.lsg:
             G = config.num_global_tokens
             global_tokens = self.global_embeddings.weight[:G].expand(len(x), -1, -1)
             x = torch.cat([global_tokens, x], dim=1)  # (B, G + T, E)
             if config.mask_first_token:
-                visible = torch.cat([torch.zeros_like(visible[:, :1]), visible[:, 1:]], dim=1)
+                visible = F.pad(visible[:, 1:], (1, 0), value=False)
             visible = F.pad(visible, (G, 0), value=True)  # (B, G + T)
         x = self.dropout(self.layernorm_embedding(x))
         # lsg_attention takes (B, S), full_attention (B, 1, 1, S).
@@ -390,6 +381,7 @@ class Decoder(Stack):
     def cross_kv(self, encoder_states):
         """Each layer's keys and values of the document, for its cross-attention."""
         pairs = [layer.encoder_attn.keys_values(encoder_states) for layer in self.layers]
+        # Contiguous, since they are read at every step.
         return [(key.contiguous(), value.contiguous()) for key, value in pairs]
 
     def forward(self, input_ids, cross_kv=None, cross_visible=None, attention_mask=None,
@@ -402,16 +394,16 @@ class Decoder(Stack):
         """
         if cache is not None:
             visible = cache.next_step()  # (B, 1, beams, all tokens written so far)
-            positions = self.embed_positions(cache.position, 1)  # (1, E)
+            x = self.embed(input_ids, cache.position, cache.position + 1)
         else:
             T = input_ids.shape[1]
             visible = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()
-            positions = self.embed_positions(0, T)  # (T, E)
+            x = self.embed(input_ids, 0, T)
         if attention_mask is not None:
             visible = visible & boolean_mask(attention_mask)[:, None, None]  # (B, 1, T, T)
         if cross_visible is not None:
             cross_visible = cross_visible[:, None, None]  # (B, 1, 1, S)
-        x = self.dropout(self.layernorm_embedding(self.embed(input_ids, positions)))
+        x = self.dropout(self.layernorm_embedding(x))
         for i, layer in enumerate(self.layers):
             layer_kv = None if cross_kv is None else cross_kv[i]
             layer_cache = None if cache is None else cache.layers[i]
@@ -614,12 +606,9 @@ class BarthezForCausalLM(nn.Module):
         return Output(loss=loss, logits=logits, last_hidden_state=states)
 
 
-ARCHITECTURES = {  # the ends of the published class names
-    "Model": BarthezModel,
-    "ForConditionalGeneration": BarthezForConditionalGeneration,
-    "ForSequenceClassification": BarthezForSequenceClassification,
-    "ForQuestionAnswering": BarthezForQuestionAnswering,
-    "ForCausalLM": BarthezForCausalLM}
+ARCHITECTURES = {kind.__name__.removeprefix("Barthez"): kind for kind in (
+    BarthezModel, BarthezForConditionalGeneration, BarthezForSequenceClassification,
+    BarthezForQuestionAnswering, BarthezForCausalLM)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -652,7 +641,7 @@ def load_model(source, *, revision=None, architecture=None, device=None, dtype=N
     if unknown:
         raise ValueError(f"config.json has no key {', '.join(sorted(unknown))}")
     settings, tensors, tokenizer = read_checkpoint(source, revision)
-    if overrides.keys() & {"num_labels", "id2label"}:  # each determines the other
+    if overrides.keys() & {"num_labels", "id2label"}:  # overriding one replaces both
         settings = settings | {"num_labels": None, "id2label": None}
     positions = overrides.get("max_position_embeddings")
     try:
@@ -672,7 +661,7 @@ def load_model(source, *, revision=None, architecture=None, device=None, dtype=N
 
 
 class SkipInit(TorchFunctionMode):
-    """Skips initialization on the meta device: it has no effect and takes a second."""
+    """Skips initialization on the meta device: it has no effect and takes two seconds."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -694,26 +683,21 @@ def build_model(config, architecture, tensors):
         model = ARCHITECTURES[architecture](config)
     # The names of the model without a head lack the prefix "model.".
     named = nn.ModuleDict({"model": model}) if architecture == "Model" else model
-    state = named.state_dict()
-    check_tensors(state, tensors, architecture)
+    check_tensors(named.state_dict(), tensors, architecture)
 
-    embedding = tensors[EMBEDDING]
-    shared = nn.Parameter(embedding)  # read_checkpoint has one tensor for all tied matrices
-    new_heads = set()
-    for name in state:
-        if name not in tensors:
-            state[name] = torch.zeros(state[name].shape)
-            new_heads.add(name.partition(".")[0])
-        else:
-            state[name] = shared if tensors[name] is embedding else tensors[name]
-    if "lm_head.weight" in state and not config.tie_word_embeddings:
-        state["lm_head.weight"] = state["lm_head.weight"].detach().clone()  # of its own
-    named.load_state_dict(state, assign=True)
+    shared = nn.Parameter(tensors[EMBEDDING])  # one parameter under all of its names
+    given = {"final_logits_bias": torch.zeros(1, config.vocab_size)} | tensors
+    given |= dict.fromkeys(EMBEDDINGS[:3], shared)
+    if config.tie_word_embeddings:
+        given["lm_head.weight"] = shared
+    elif "lm_head.weight" in given:
+        given["lm_head.weight"] = given["lm_head.weight"].clone()  # it may have been tied
+    missing = named.load_state_dict(given, strict=False, assign=True).missing_keys
 
-    for head in sorted(new_heads - {"final_logits_bias"}):
+    for head in sorted({name.partition(".")[0] for name in missing}):
         warnings.warn(f"the checkpoint has no {head}: it is initialized and needs training",
                       HeadWarning)
-        init_weights(model.get_submodule(head), config.init_std)
+        init_weights(model.get_submodule(head).to_empty(device="cpu"), config.init_std)
     if hasattr(model, "lm_head") and any(name.startswith(OTHER_HEADS) for name in tensors):
         warnings.warn("the checkpoint was made for another task: its head is not used",
                       HeadWarning)
@@ -762,15 +746,14 @@ def save_model(model, tokenizer, folder):
         if not parameter.isfinite().all():
             raise ValueError(f"not saved: {name} has values that are not finite")
     config = model.config
-    settings = {key: value for key, value in asdict(config).items()
-                if value is not None and (config.lsg or key not in LSG_KEYS)}
-    del settings["lsg"]
-    settings |= {"num_hidden_layers": config.encoder_layers, "num_labels": config.num_labels,
-                 "label2id": {label: index for index, label in config.id2label.items()},
-                 "forced_eos_token_id": config.forced_eos_token_id}
-    if config.lsg:
-        settings["sparsity_type"] = config.sparsity_type
-    architecture = next(name for name, kind in ARCHITECTURES.items() if type(model) is kind)
+    settings = asdict(config) | {
+        "num_hidden_layers": config.encoder_layers, "num_labels": config.num_labels,
+        "label2id": {label: index for index, label in config.id2label.items()}}
+    for f in fields(config):
+        is_default_null = f.default is None and settings[f.name] is None
+        if is_default_null or f.name == "lsg" or f.name in LSG_KEYS and not config.lsg:
+            del settings[f.name]
+    architecture = type(model).__name__.removeprefix("Barthez")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     settings = published_config(settings, architecture, config.lsg, dtype)
     write_checkpoint(folder, settings, model.state_dict(), tokenizer)
@@ -781,13 +764,12 @@ def save_model(model, tokenizer, folder):
 
 TASKS = {  # the default model and the architecture
     "summarize": ("moussaKam/barthez-orangesum-abstract", "ForConditionalGeneration"),
-    "fill_mask": ("moussaKam/barthez", "ForConditionalGeneration"),
+    "fill-mask": ("moussaKam/barthez", "ForConditionalGeneration"),
     "classify": ("moussaKam/barthez-sentiment-classification", "ForSequenceClassification")}
-OVERRIDES = {  # keys of config.json that have an option of their own
-    "num_beams": (int, "1 is greedy search"), "max_length": (int, "in tokens"),
-    "min_length": (int, "in tokens"), "length_penalty": (float, "above 0 favors long texts"),
-    "no_repeat_ngram_size": (int, "0 allows repetition"), "block_size": (int, "of LSG attention"),
-    "sparsity_type": (str, ", ".join(SPARSITY_TYPES[:-1]))}
+OPTIONS = {  # keys of config.json that have an option of their own
+    "num_beams": "1 is greedy search", "max_length": "in tokens", "min_length": "in tokens",
+    "length_penalty": "above 0 favors long texts", "no_repeat_ngram_size": "0 allows repetition",
+    "block_size": "of LSG attention", "sparsity_type": ", ".join(SPARSITY_TYPES[:-1])}
 
 
 def parse_arguments():
@@ -805,24 +787,26 @@ def parse_arguments():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda, … (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--dense", action="store_true", help="full attention instead of LSG")
     parser.add_argument("--max-source-length", type=int, metavar="N",
                         help="read at most N tokens of a text, with new positions if needed")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="override keys of config.json, such as sparsity_factor=4")
-    for key, (kind, text) in OVERRIDES.items():
-        parser.add_argument("--" + key.replace("_", "-"), type=kind, metavar="VALUE", help=text)
+    # The other options are short for --set.
+    parser.add_argument("--dense", dest="set", action="append_const", const="lsg=false",
+                        help="full attention instead of LSG")
+    for key, text in OPTIONS.items():
+        parser.add_argument("--" + key.replace("_", "-"), dest="set", action="append",
+                            type=(key + "={}").format, metavar="VALUE", help=text)
     arguments = parser.parse_args()
 
     overrides = parse_settings(arguments.set)
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    overrides |= {key: given[key] for key in OVERRIDES if key in given}
+    given = {name for name, value in vars(arguments).items() if value is not None}
     useless = {"num_return_sequences"}
-    if arguments.dense:
+    if overrides.get("lsg") is False:
         useless |= LSG_KEYS.keys()
     if not arguments.summarize:
         useless |= {"max_source_length", *BEAM_SETTINGS}
-    unused = useless & (given.keys() | overrides.keys())
+    unused = useless & (given | overrides.keys())
     if unused:
         raise ValueError(f"{', '.join(sorted(unused))}: no effect here, leave it out")
     return arguments, overrides
@@ -834,7 +818,7 @@ def main():
     if arguments.summarize:
         summarize_files(arguments, overrides)
     elif arguments.fill_mask is not None:
-        fill_mask(arguments.fill_mask, *load("fill_mask", arguments, overrides))
+        fill_mask(arguments.fill_mask, *load("fill-mask", arguments, overrides))
     else:
         classify(arguments.classify, *load("classify", arguments, overrides))
 
@@ -844,16 +828,13 @@ def load(task, arguments, overrides):
     default_model, architecture = TASKS[task]
     source = default_model if arguments.model is None else arguments.model
     options = overrides | {"architecture": architecture, "device": arguments.device,
-                           "dtype": arguments.dtype, "num_return_sequences": 1}
-    if arguments.dense:
-        options["lsg"] = False
+                           "dtype": arguments.dtype, "num_return_sequences": 1}  # one is printed
     with warnings.catch_warnings():
         warnings.simplefilter("error", HeadWarning)
         try:
             return load_model(source, revision=arguments.revision, **options)
         except HeadWarning as warning:
-            option = task.replace("_", "-")
-            raise ValueError(f"{source} was not made for --{option}: {warning}") from None
+            raise ValueError(f"{source} was not made for --{task}: {warning}") from None
         except NoNetwork as error:
             if arguments.model is not None or task != "summarize":
                 raise
@@ -876,9 +857,10 @@ def summarize_files(arguments, overrides):
     limit = arguments.max_source_length
     if limit is None:
         limit = tokenizer.model_max_length
+    # How many tokens a text has is known only with the model's tokenizer.
     needed = min(limit, max(len(tokenizer.encode(text)) for _, text in texts))
     if needed > tokenizer.model_max_length:
-        overrides["max_position_embeddings"] = needed
+        overrides = overrides | {"max_position_embeddings": needed}
         model, tokenizer = load("summarize", arguments, overrides)
     for name, text in texts:
         print(summarize(model, tokenizer, name, text, limit), flush=True)
