@@ -257,6 +257,16 @@ def test_tied_weights_can_be_untied_and_saved(folder, tmp_path):
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
+def test_untied_weights_can_be_tied_and_saved(folder, tmp_path):
+    change_config(folder, tie_word_embeddings=False)
+    save_file(TENSORS | {"lm_head.weight": torch.randn(181, 24)}, folder / "model.safetensors")
+    model, tokenizer = load_model(folder, lsg=False, tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.shared.weight
+    save_model(model, tokenizer, tmp_path / "tied")
+    again, _ = load_model(tmp_path / "tied", lsg=False)
+    assert torch.equal(again.lm_head.weight, TENSORS[SHARED])
+
+
 @pytest.mark.parametrize("both", [True, False])
 def test_float8_is_refused(folder, both):
     tensors = TENSORS | {"lm_head.weight": TENSORS[SHARED].to(torch.float8_e4m3fn)}
