@@ -35,10 +35,10 @@ from torch.utils.checkpoint import checkpoint
 
 from beam_search import Cache, beam_search
 from cpu import accelerate, keep_freed_memory, packed_weights, tokens_in_pieces
-from load_weights import (EMBEDDING, EMBEDDINGS, GLOBALS, LSG_KEYS, NUM_GLOBALS, POSITIONS,
-                          NoNetwork, architecture_name, convert_to_lsg, notice, one_line,
-                          parse_settings, published_config, read_checkpoint, resize_positions, run,
-                          write_checkpoint)
+from load_weights import (EMBEDDING, EMBEDDINGS, GLOBALS, LSG_KEYS, LSG_OPTIONS, NUM_GLOBALS,
+                          POSITIONS, NoNetwork, architecture_name, convert_to_lsg, notice,
+                          one_line, parse_settings, published_config, read_checkpoint,
+                          resize_positions, run, write_checkpoint)
 from lsg import SPARSITY_TYPES, boolean_mask, check_options, full_attention, lsg_attention
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
@@ -46,8 +46,6 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, 
 ALIASES = {  # other names that the model card and transformers use for keys of config.json
     "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads",
     "attention_probs_dropout_prob": "attention_dropout", "lsg_num_pre_rounds": "lsh_num_pre_rounds"}
-LSG_OPTIONS = ("block_size", "sparse_block_size", "sparsity_factor", "sparsity_type",
-               "num_global_tokens", "lsh_num_pre_rounds")
 TOKEN_IDS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id",
              "forced_eos_token_id")
 BEAM_SETTINGS = ("num_beams", "num_return_sequences", "max_length", "min_length", "length_penalty",

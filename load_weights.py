@@ -22,7 +22,7 @@ import socket
 import ssl
 import sys
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
@@ -42,8 +42,9 @@ from lsg import check_options
 from tokenizer import BarthezTokenizer
 
 TINY = Path(__file__).parent / "tiny"  # the bundled model
-EMBEDDING, *_ = EMBEDDINGS = ("model.shared.weight", "model.encoder.embed_tokens.weight",
-                              "model.decoder.embed_tokens.weight", "lm_head.weight")
+EMBEDDING = "model.shared.weight"
+EMBEDDINGS = (EMBEDDING, "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight",
+              "lm_head.weight")  # names of one matrix, if all are tied
 GLOBALS = "model.encoder.global_embeddings.weight"
 POSITIONS = "model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"
 NUM_GLOBALS = 512  # rows of the published table; the first num_global_tokens are used
@@ -51,12 +52,17 @@ LSG_KEYS = {  # of config.json, with their defaults
     "adaptive": True, "block_size": 128, "lsh_num_pre_rounds": 1, "mask_first_token": False,
     "num_global_tokens": 1, "pass_global_tokens_to_decoder": True, "pool_with_global": True,
     "sparse_block_size": 128, "sparsity_factor": 2, "sparsity_type": "norm"}
+LSG_OPTIONS = ("block_size", "sparse_block_size", "sparsity_factor", "sparsity_type",
+               "num_global_tokens", "lsh_num_pre_rounds")  # those that lsg.check_options checks
 ARCHITECTURE_NAMES = {  # ends of the published class names: the name of the automatic class
     "Model": "AutoModel", "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering", "ForCausalLM": "AutoModelForCausalLM"}
-SHARDED = ("The weights of {} are sharded: join them in one file with transformers, by "
-           "save_pretrained(folder, max_shard_size='99GB'), and use the folder.")
+CONVERSIONS = {  # safetensors that were proposed to a model whose main branch has none
+    "moussaKam/barthez": "42bea5aeff64b65241007086b895e6fd17ab6204",
+    "moussaKam/barthez-orangesum-abstract": "d297ebaa84d61a069a0cd6922271c4a47ba2554e",
+    "moussaKam/barthez-sentiment-classification": "refs/pr/1",
+    "moussaKam/mbarthez": "7a86236775ed8eaab6eefc9a90a309c4831fae13"}
 HARMLESS = re.compile(r"torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict"
                       r"|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage")
 UNUSED = re.compile(r"model\.(encoder|decoder)\.(version|embed_positions\._float_tensor)")
@@ -80,41 +86,59 @@ def read_checkpoint(source, revision=None):
     tied = config.get("tie_word_embeddings") is not False
     tensors = rename(read_tensors(files["weights"]), tied)
     tokenizer = BarthezTokenizer(files["sentencepiece.bpe.model"])
-    if EMBEDDING in tensors and tensors[EMBEDDING].shape[:1] < (len(tokenizer),):
-        raise ValueError(f"the tokenizer of {source} has {len(tokenizer)} pieces, more than the "
-                         "embedding has rows: it belongs to another model")
+    vocab_size = config.get("vocab_size")
+    if isinstance(vocab_size, int) and len(tokenizer) > vocab_size:
+        raise ValueError(f"the tokenizer of {source} has {len(tokenizer)} pieces, but {vocab_size=}"
+                         ": it belongs to another model")
     return config, tensors, tokenizer
 
 
-def find_files(source, revision=None):
-    """{file name: path}; the weights, whatever their format, are under "weights"."""
+def find_files(source, revision):
+    """{file name: path} of a checkpoint; the weights, in either format, are under "weights"."""
     folder = TINY if source == "tiny" else Path(source)
     if not folder.is_dir():
         return hub_files(str(source), revision)
     if revision is not None:
         raise ValueError(f"revision={revision!r} is for the Hub, but {source} is a folder")
-    files = {path.name: path for path in folder.iterdir()}
-    for name in ("pytorch_model.bin", "model.safetensors"):  # the last one wins
-        if name in files:
-            files["weights"] = files[name]
-    if "weights" not in files and any(name.endswith(".index.json") for name in files):
-        raise ValueError(SHARDED.format(folder))
-    missing = {"config.json", "weights", "sentencepiece.bpe.model"} - files.keys()
-    if missing:
-        missing = ", ".join(sorted(missing))
-        raise FileNotFoundError(f"{folder} is not a checkpoint, it lacks: {missing} "
-                                "(weights are model.safetensors or pytorch_model.bin)")
-    return files
+    return collect(in_folder, folder)
+
+
+def in_folder(folder, filename, _=None):
+    """The path of a file in a folder, which has no revisions."""
+    path = folder / filename
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a checkpoint, it lacks {filename}")
+    return path
+
+
+def collect(get, source, revision=None):
+    """The files of a checkpoint. `get(source, file name, revision)` returns the path of one."""
+    config = get(source, "config.json", revision or "main")
+    commit = config.parent.name  # of all files, even if the branch moves meanwhile
+    tokenizer = get(source, "sentencepiece.bpe.model", commit)
+    files = {"config.json": config, "sentencepiece.bpe.model": tokenizer}
+    with suppress(FileNotFoundError):  # few models have one
+        files["generation_config.json"] = get(source, "generation_config.json", commit)
+    places = [("model.safetensors", commit), ("pytorch_model.bin", commit)]
+    if revision is None and source in CONVERSIONS:
+        places.insert(1, ("model.safetensors", CONVERSIONS[source]))
+    for name, place in places:
+        with suppress(FileNotFoundError):  # even a conversion's revision may go
+            return files | {"weights": get(source, name, place)}
+    raise FileNotFoundError(
+        f"{source} lacks weights: it has no model.safetensors and no pytorch_model.bin. Join "
+        "sharded ones with transformers, by save_pretrained(folder, max_shard_size='99GB').")
 
 
 def read_json(path):
     """The JSON object that a file holds."""
     try:
         contents = json.loads(path.read_text("utf-8"))
+        if not isinstance(contents, dict):
+            raise ValueError(f"it is a {type(contents).__name__}")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({one_line(error)}). {replace_it(path)}") from None
-    if not isinstance(contents, dict):
-        raise ValueError(f"{path} is not a JSON object. {replace_it(path)}")
+        raise ValueError(f"{path} is not a JSON object ({one_line(error)}). "
+                         f"{replace_it(path)}") from None
     return contents
 
 
@@ -123,6 +147,8 @@ def read_tensors(path):
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else read_pickled(path)
         for name, tensor in tensors.items():
+            if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
+                raise ValueError("it holds other things than tensors with names")
             if "float8" in str(tensor.dtype) or "float4" in str(tensor.dtype):
                 raise ValueError(f"{name} is {tensor.dtype}")
         return tensors
@@ -137,7 +163,7 @@ def read_tensors(path):
 
 
 def read_pickled(path):
-    """The tensors of pytorch_model.bin. Refuses anything but dense tensors under text names.
+    """The contents of pytorch_model.bin. Refuses a pickle that names more than dense tensors.
 
     torch.load would run whatever its pickle names. Even with weights_only, some of that crashes it.
     """
@@ -155,11 +181,7 @@ def read_pickled(path):
                     raise ValueError(f"it names {name}")
                 if count > 100_000:  # a real model of 520 tensors has 18,000
                     raise ValueError("its pickle is too long")
-    tensors = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip))
-    for name, tensor in tensors.items():
-        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
-            raise ValueError("it holds other things than tensors with names")
-    return tensors
+    return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip))
 
 
 def replace_it(path):
@@ -221,9 +243,7 @@ def spread_positions(positions, stride):
     """512 rows of positions (n, E), ordered so that neighbors are `stride` positions apart."""
     n, E = positions.shape
     if n < NUM_GLOBALS:  # draw the missing ones from the distribution of the others
-        mean, std = positions.mean(0), positions.std(0)
-        missing = NUM_GLOBALS - n
-        extra = torch.normal(mean.repeat(missing, 1), std.repeat(missing, 1))
+        extra = positions.mean(0) + positions.std(0) * torch.randn(NUM_GLOBALS - n, E)
         positions = torch.cat([positions, extra])
     factor = max(n // NUM_GLOBALS, 1)
     step = stride // factor
@@ -265,7 +285,7 @@ def check_tables(config, tensors, *names):
 # Writing
 
 
-def published_config(config, architecture, lsg, dtype="float32"):
+def published_config(config, architecture, lsg, dtype):
     """The config with the keys by which the original's code knows the model."""
     decoder_only = architecture == "ForCausalLM"
     config = config | {
@@ -300,46 +320,45 @@ def write_checkpoint(folder, config, tensors, tokenizer):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_config = {"model_max_length": config["max_position_embeddings"],
                         "tokenizer_class": "BarthezTokenizer"}
-    tensors = separate(tensors, getattr(torch, config["torch_dtype"]))
-    with locked(folder), ExitStack() as moves:
+    tied = config.get("tie_word_embeddings") is not False
+    tensors = separate(tensors, getattr(torch, config["torch_dtype"]), tied)
+    with locked(folder):
         for leftover in folder.glob("*.incomplete"):  # of a run that was killed
             leftover.unlink()
-
-        def place(name):
-            return moves.enter_context(replacing(folder / name))
-
-        config_file = place("config.json")
-        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        place("tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
-        pieces, old = tokenizer.model_file.read_bytes(), folder / "sentencepiece.bpe.model"
-        if not (old.is_file() and old.read_bytes() == pieces):
-            place("sentencepiece.bpe.model").write_bytes(pieces)
-        weights_file = place("model.safetensors")
-        try:
-            save_file(tensors, weights_file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{weights_file} cannot be written: {one_line(error)}") from None
-        shutil.copymode(config_file, weights_file)  # save_file lets only the owner read it
+        with (replacing(folder / "config.json") as config_file,
+              replacing(folder / "tokenizer_config.json") as tokenizer_file,
+              replacing(folder / "model.safetensors") as weights_file):
+            config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            tokenizer_file.write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+            try:
+                save_file(tensors, weights_file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"{weights_file} cannot be written: {one_line(error)}") from None
+            shutil.copymode(config_file, weights_file)  # save_file lets only the owner read it
+            pieces, path = tokenizer.model_file.read_bytes(), folder / "sentencepiece.bpe.model"
+            if not (path.is_file() and path.read_bytes() == pieces):
+                with replacing(path) as pieces_file:
+                    pieces_file.write_bytes(pieces)
 
 
-def separate(tensors, dtype):
+def separate(tensors, dtype, tied):
     """Contiguous tensors of one type that share no memory, as safetensors needs them. Of tied
     embeddings, the first is kept."""
-    embeddings = [name for name in tensors if {name, f"model.{name}"} & set(EMBEDDINGS)]
+    embeddings = EMBEDDINGS if tied else EMBEDDINGS[:3]
     separated, seen = {}, set()
     for name, tensor in tensors.items():
-        tied = name in embeddings and tensor.data_ptr() == tensors[embeddings[0]].data_ptr()
-        if tied and name != embeddings[0]:
-            continue
-        copy = tensor.data_ptr() in seen
-        separated[name] = tensor.detach().to("cpu", dtype, copy=copy).contiguous()
-        seen.add(tensor.data_ptr())
+        shared = tensor.data_ptr() in seen
+        embedding = name in embeddings or f"model.{name}" in embeddings
+        if not (shared and embedding):
+            separated[name] = tensor.detach().to("cpu", dtype, copy=shared).contiguous()
+            seen.add(tensor.data_ptr())
     return separated
 
 
 @contextmanager
 def replacing(path):
     """Yields a name beside `path` to write to. It becomes `path` if all goes well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
     try:
         yield temporary
@@ -457,7 +476,7 @@ def main():
     if not arguments.output:
         raise ValueError("--output is empty: name a folder")
 
-    torch.manual_seed(arguments.seed)
+    torch.manual_seed(arguments.seed % 2**63)  # torch takes no larger one
     config, tensors, tokenizer = read_checkpoint(arguments.source, arguments.revision)
     architecture = architecture_name(arguments.architecture or config.get("architectures"))
     if GLOBALS in tensors and not arguments.resize_lsg:
@@ -477,9 +496,7 @@ def main():
     if config["num_global_tokens"] not in range(1, NUM_GLOBALS + 1):
         raise ValueError(f"num_global_tokens={config['num_global_tokens']}: choose 1 to "
                          f"{NUM_GLOBALS}")
-    check_options(*(config[key] for key in (
-        "block_size", "sparse_block_size", "sparsity_factor", "sparsity_type", "num_global_tokens",
-        "lsh_num_pre_rounds")))
+    check_options(**{key: config[key] for key in LSG_OPTIONS})
     config = published_config(config, architecture, True, arguments.dtype)
     write_checkpoint(arguments.output, config, tensors, tokenizer)
 
@@ -487,11 +504,6 @@ def main():
 # ------------------------------------------------------------------------------------------------
 # A model on the Hub, and in the cache that the Hub's clients share
 
-CONVERSIONS = {  # safetensors that were proposed to a model whose main branch has none
-    "moussaKam/barthez": "42bea5aeff64b65241007086b895e6fd17ab6204",
-    "moussaKam/barthez-orangesum-abstract": "d297ebaa84d61a069a0cd6922271c4a47ba2554e",
-    "moussaKam/barthez-sentiment-classification": "refs/pr/1",
-    "moussaKam/mbarthez": "7a86236775ed8eaab6eefc9a90a309c4831fae13"}
 COMMIT = re.compile("([0-9a-f]{40})")
 
 
@@ -499,12 +511,8 @@ class NoNetwork(ConnectionError):
     """No address, no connection, or offline mode; and the cache lacks the file."""
 
 
-class EntryNotFoundError(FileNotFoundError):
-    """The revision, or the cache, lacks the file."""
-
-
 def hub_files(repo_id, revision=None):
-    """{file name: path in the cache} of a model on the Hub, with its weights under "weights".
+    """The files of a model on the Hub, in the cache.
 
     revision: a branch, a tag, refs/pr/N or a commit.
     A model that is complete in the cache is used if the Hub cannot be asked or refuses.
@@ -513,66 +521,37 @@ def hub_files(repo_id, revision=None):
         raise ValueError(f"{repo_id!r} is neither a folder nor a model on the Hub (owner/name).")
     try:
         old = collect(cached, repo_id, revision)
-    except EntryNotFoundError:
+    except FileNotFoundError:
         return collect(download, repo_id, revision)
     try:
         if download(repo_id, "config.json", revision or "main", tries=1) == old["config.json"]:
             return old  # the revision has not moved
         return collect(functools.partial(download, tries=1), repo_id, revision)
     except OSError as error:
-        if isinstance(error, EntryNotFoundError):
-            raise
         notice(f"{error} The model in the cache is used.")
         return old
 
 
-def collect(get, repo_id, revision):
-    config = get(repo_id, "config.json", revision or "main")
-    commit = config.parent.name  # of all files, even if the branch moves meanwhile
-    tokenizer = get(repo_id, "sentencepiece.bpe.model", commit)
-    files = {"config.json": config, "sentencepiece.bpe.model": tokenizer}
-    with suppress(EntryNotFoundError):  # few models have one
-        files["generation_config.json"] = get(repo_id, "generation_config.json", commit)
-    places = [("model.safetensors", commit), ("pytorch_model.bin", commit),
-              ("model.safetensors.index.json", commit), ("pytorch_model.bin.index.json", commit)]
-    if revision is None and repo_id in CONVERSIONS:
-        places.insert(1, ("model.safetensors", CONVERSIONS[repo_id]))
-    for name, place in places:
-        if "weights" not in files:
-            with suppress(FileNotFoundError):  # even a conversion's revision may go
-                files["weights"] = get(repo_id, name, place)
-    if "weights" not in files:
-        raise EntryNotFoundError(f"{repo_id} has no model.safetensors and no pytorch_model.bin.")
-    if files["weights"].suffix == ".json":
-        raise ValueError(SHARDED.format(repo_id))
-    return files
-
-
-def cached(repo_id, filename, revision="main"):
+def cached(repo_id, filename, revision):
     """The path of a file in the cache."""
-    folder, commit = repo_folder(repo_id), revision
-    if (folder / "refs" / revision).is_file():
-        commit = (folder / "refs" / revision).read_text(errors="replace")
-    path = folder / "snapshots" / commit / filename
-    if path.is_file():
-        return path
-    raise EntryNotFoundError(f"{filename} of {repo_id} ({revision}) is not in {folder.parent}.")
+    folder = repo_folder(repo_id)
+    ref = folder / "refs" / revision
+    commit = ref.read_text(errors="replace") if ref.is_file() else revision
+    return in_folder(folder / "snapshots" / commit, filename)
 
 
 def link(blob, folder, commit, filename, revision):
     """Give a blob its name in a commit, and note that the revision is this commit."""
     path, ref = folder / "snapshots" / commit / filename, folder / "refs" / revision
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as name:
             try:
                 os.symlink(os.path.relpath(blob, path.parent), name)
             except OSError:  # Windows allows it to few
                 shutil.copyfile(blob, name)
     if revision != commit and not (ref.is_file() and ref.read_bytes() == commit.encode()):
-        ref.parent.mkdir(parents=True, exist_ok=True)
         with replacing(ref) as name:
-            Path(name).write_text(commit)
+            name.write_text(commit)
     return path
 
 
@@ -607,43 +586,48 @@ FAMILIES = {}  # host -> the address to bind to, of the address family that reac
 
 
 class Retry(Exception):
-    """(reason, pause in seconds, whether bytes came): another attempt may succeed."""
+    """Another attempt may succeed, after `pause` seconds. gained: whether bytes came."""
+
+    def __init__(self, reason, pause=0, gained=False):
+        super().__init__(reason)
+        self.pause, self.gained = pause, gained
 
 
 def download(repo_id, filename, revision="main", tries=5):
     """The path of a file in the cache, brought up to date unless `revision` is a cached commit."""
     what, folder = f"{filename} of {repo_id} ({revision})", repo_folder(repo_id)
     if is_on("HF_HUB_OFFLINE") or COMMIT.fullmatch(revision):
-        with suppress(EntryNotFoundError):
+        with suppress(FileNotFoundError):
             return cached(repo_id, filename, revision)
     if is_on("HF_HUB_OFFLINE"):
         raise NoNetwork(f"{what} is not in {folder.parent}: unset HF_HUB_OFFLINE to download it.")
     failures = 0
     while True:
         try:
-            return fetch(repo_id, filename, revision, what)
-        except Retry as fault:
-            reason, pause, gained = fault.args
+            return download_once(repo_id, filename, revision, what)
+        except Retry as error:
+            fault = error
             if not FAMILIES:  # no host was ever reached
-                raise NoNetwork(f"{reason}: check the network and any proxy.") from None
+                raise NoNetwork(f"{fault}: check the network and any proxy.") from None
         except OSError as error:
             if error.errno is None:  # our own, with a message
                 raise
             raise OSError(f"Cannot write {what} to {folder.parent}: {error.strerror}. Free some "
                           "space, or set HF_HUB_CACHE to another folder.") from error
-        failures = 0 if gained else failures + 1
-        pause = max(pause, 2 ** failures // 2, 1)
+        failures = 0 if fault.gained else failures + 1
+        pause = max(fault.pause, 2 ** failures // 2, 1)  # 1, 2, 4, 8
         if failures >= tries or pause > 310:  # the Hub counts requests in windows of 300 s
-            raise ConnectionError(f"{reason}. Try again later: a partial download is continued.")
-        notice(f"{reason}: next attempt in {pause} s.")
+            raise ConnectionError(f"{fault}. Try again later: a partial download is continued.")
+        notice(f"{fault}: next attempt in {pause} s.")
         time.sleep(pause)
 
 
-def fetch(repo_id, filename, revision, what):
+def download_once(repo_id, filename, revision, what):
     """One attempt: learn the commit and the etag, which is the checksum and names the blob."""
     folder, page = repo_folder(repo_id), f"{endpoint()}/{repo_id}"
+    url = f"{page}/resolve/{quote(revision, safe='')}/{quote(filename)}"
     commit = etag = None
-    for answer, url in follow(f"{page}/resolve/{quote(revision, safe='')}/{quote(filename)}"):
+    for answer, url in follow_redirects(url):
         if answer.status >= 400:
             raise refusal(answer, page, what)
         commit = commit or COMMIT.fullmatch(answer.headers.get("X-Repo-Commit", ""))
@@ -661,20 +645,20 @@ def fetch(repo_id, filename, revision, what):
         lock.parent.mkdir(parents=True, exist_ok=True)
         with locked(lock):
             if not blob.is_file():  # another process may have brought it
-                bring(url, blob, what)
+                download_blob(url, blob, what)
     return link(blob, folder, commit[1], filename, revision)
 
 
-def bring(url, blob, what):
+def download_blob(url, blob, what):
     """Download what an earlier attempt left to do of `blob`, and verify its checksum."""
     partial = blob.with_name(f"{blob.name}.incomplete")
     partial.parent.mkdir(parents=True, exist_ok=True)
     start = partial.stat().st_size if partial.is_file() else 0
-    for answer, _ in follow(url, start):
+    for answer, _ in follow_redirects(url, start):
         if answer.status in (200, 206):
-            receive(answer, partial, start if answer.status == 206 else 0, what)
+            write_body(answer, partial, start if answer.status == 206 else 0, what)
         elif answer.status >= 400 and answer.status != 416:  # which says that nothing is left
-            raise refusal(answer, "", what)
+            raise busy(answer, what)  # the addresses of the storage expire
     digest = hashlib.sha256()
     if len(blob.name) == 40:
         digest = hashlib.sha1(b"blob %d\0" % partial.stat().st_size)
@@ -684,17 +668,18 @@ def bring(url, blob, what):
     if digest.hexdigest() != blob.name:
         partial.unlink()
         if start:
-            raise Retry(f"The parts of {what} do not fit together", 0, False)
+            raise Retry(f"The parts of {what} do not fit together")
         raise ConnectionError(f"{what} arrived damaged and was deleted: try again without proxies.")
     os.replace(partial, blob)
 
 
-def receive(answer, partial, start, what):
+def write_body(answer, partial, start, what):
     """Write the answer to `partial` from `start` on. Large files show their progress."""
     total = start + int(answer.headers.get("Content-Length") or 0)
-    if total >= LARGE:
+    large = total >= LARGE
+    if large:
         notice(f"Downloading {what}, {total / 1e6:,.0f} MB, to {partial.parent}")
-    quiet = total < LARGE or is_on("HF_HUB_DISABLE_PROGRESS_BARS") or not sys.stderr.isatty()
+    shows = large and sys.stderr.isatty() and not is_on("HF_HUB_DISABLE_PROGRESS_BARS")
     begun = shown = time.monotonic()
     done, block = start, b"first"
     with open(partial, "ab" if start else "wb") as file:
@@ -702,29 +687,30 @@ def receive(answer, partial, start, what):
             try:
                 block = answer.read1(1 << 18)
             except (OSError, HTTPException):  # of the network; `write` raises those of the disk
-                raise Retry(f"The connection broke at {done:,} bytes", 0, done > start) from None
+                raise Retry(f"The connection broke at {done:,} bytes",
+                            gained=done > start) from None
             done += file.write(block)
             now = time.monotonic()
-            if not quiet and (now > shown + 0.2 or not block):
+            if shows and (now > shown + 0.2 or not block):
                 shown, rate = now, (done - start + 1) / max(now - begun, 0.01)
                 left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
                 notice(f"\r{done / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, {left} left ",
                        end="" if block else "\n")
     if done < total:
-        raise Retry(f"The connection broke at {done:,} of {total:,} bytes", 0, done > start)
+        raise Retry(f"The connection broke at {done:,} of {total:,} bytes", gained=done > start)
 
 
-def follow(url, start=0):
+def follow_redirects(url, start=0):
     """Yield the answer to a GET of the bytes from `start` on, and where it leads, for each hop."""
     for _ in range(10):
-        with ask(url, start) as answer:
+        with request(url, start) as answer:
             url = urljoin(url, answer.headers.get("Location", ""))
             yield answer, url
         if "Location" not in answer.headers:
             break
 
 
-def ask(url, start):
+def request(url, start):
     """The answer to one GET. The token goes to the endpoint alone; urllib would forward it."""
     headers = {"User-Agent": "lsg-barthez"}
     if start:
@@ -746,38 +732,47 @@ def ask(url, start):
             raise ConnectionError(f"{host}: {reason.verify_message}. Check the clock; on macOS run "
                                   "'Install Certificates.command' of Python; or set SSL_CERT_FILE "
                                   "to a file such as /etc/ssl/cert.pem.") from error
-        raise Retry(f"{host} does not answer ({reason})", 0, False) from error
+        raise Retry(f"{host} does not answer ({reason})") from error
 
 
 class OneFamily(HTTPHandler, HTTPSHandler):
     """Connects by IPv4, or else by IPv6: one that swallows packets costs a single timeout."""
 
     def do_open(self, connection, request, **options):
-        host, server = request.host, urlsplit(f"//{request.host}")
-        families = (socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")
-        for family, source in families if host not in FAMILIES else ():
-            with suppress(OSError):
-                port = server.port or connection.default_port
-                address = socket.getaddrinfo(server.hostname, port, family)[0][4]
-                socket.create_connection(address[:2], timeout=5).close()
-                FAMILIES[host] = source, 0
-                break
+        host = request.host
         if host not in FAMILIES:
-            raise Retry(f"{server.hostname} cannot be reached", 0, False)
+            FAMILIES[host] = own_address(host, connection.default_port), 0
         return super().do_open(connection, request, source_address=FAMILIES[host], **options)
 
 
+def own_address(host, default_port):
+    """The address to bind to, of the family by which the host can be reached."""
+    server = urlsplit(f"//{host}")
+    for family, own in (socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::"):
+        with suppress(OSError):
+            port = server.port or default_port
+            address = socket.getaddrinfo(server.hostname, port, family)[0][4]
+            socket.create_connection(address[:2], timeout=5).close()
+            return own
+    raise Retry(f"{server.hostname} cannot be reached")
+
+
+def busy(answer, what):
+    """The error that asks for another attempt, after the pause that the answer names."""
+    limit = (re.search(r"r=0;t=(\d+)", answer.headers.get("RateLimit", ""))
+             or re.fullmatch(r"(\d+)", answer.headers.get("Retry-After", "")))
+    host, pause = urlsplit(answer.url).hostname, int(limit[1]) + 1 if limit else 0
+    return Retry(f"{host} answered {answer.status} {answer.reason} for {what}", pause)
+
+
 def refusal(answer, page, what):
-    """The error that an answer means; without a page, the storage's, whose addresses expire."""
-    headers, host = answer.headers, urlsplit(answer.url).hostname
-    code, said = headers.get("X-Error-Code"), headers.get("X-Error-Message") or answer.reason
-    if answer.status in (408, 429, 500, 502, 503, 504) or not page:
-        limit = (re.search(r"r=0;t=(\d+)", headers.get("RateLimit", ""))
-                 or re.fullmatch(r"(\d+)", headers.get("Retry-After", "")))
-        pause = int(limit[1]) + 1 if limit else 0
-        return Retry(f"{host} answered {answer.status} {said} for {what}", pause, False)
+    """The error that an answer of the Hub means."""
+    if answer.status in (408, 429, 500, 502, 503, 504):
+        return busy(answer, what)
+    code, host = answer.headers.get("X-Error-Code"), urlsplit(answer.url).hostname
+    said = answer.headers.get("X-Error-Message") or answer.reason
     if code == "EntryNotFound":
-        return EntryNotFoundError(f"There is no {what}: see {page}.")
+        return FileNotFoundError(f"There is no {what}: see {page}.")
     if code == "RevisionNotFound":
         return FileNotFoundError(f"There is no such revision: {what}. See {page}.")
     if code == "GatedRepo":

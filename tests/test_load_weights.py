@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -638,6 +639,15 @@ def test_tensors_that_share_memory_are_all_saved(folder):
     for name in names:
         assert torch.equal(again.get_parameter(name), bias)
     assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_an_untied_projection_that_shares_memory_is_saved(folder, monkeypatch):
+    (folder / "model.safetensors").unlink()
+    change_config(folder, tie_word_embeddings=False)
+    torch.save(TENSORS | {"lm_head.weight": TENSORS[SHARED]}, folder / "pytorch_model.bin")
+    monkeypatch.setattr(sys, "argv", ["", str(folder), "--output", str(folder / "lsg")])
+    load_weights.main()
+    assert torch.equal(load(folder / "lsg").lm_head.weight, TENSORS[SHARED])
 
 
 @pytest.mark.parametrize("value", [None, True])
