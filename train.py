@@ -10,9 +10,7 @@ is the same to the last bit. On several GPUs or machines: torchrun --nproc-per-n
 """
 
 import argparse
-import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -21,6 +19,7 @@ import re
 import time
 import zipfile
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from barthez import load_model, save_model
+from barthez import load_model, save_model, shift_right
 from cpu import keep_freed_memory
 from load_weights import fcntl, notice, parse_settings, replacing, run
 
@@ -45,7 +44,7 @@ REMEDY = "choose another --output, or discard what is there with --start-over"
 # Pairs and batches
 
 
-def read_lines(path, *keys):
+def read_lines(path, keys=("document", "summary")):
     """The records of a file of JSON lines, each with a text under each of `keys`."""
     records = []
     with open(path, "rb") as file:
@@ -55,108 +54,110 @@ def read_lines(path, *keys):
             try:
                 record = json.loads(line)  # UTF-8, with or without a byte order mark
                 for key in keys:
-                    record[key].encode()  # fails unless this is a text
+                    record[key].encode()  # fails unless this is a text in Unicode
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                texts = ", ".join(f'"{key}": "…"' for key in keys)
-                raise ValueError(f"{path}, line {number}, is not a JSON object "
-                                 f"{{{texts}}} in UTF-8: {error!r}") from None
+                raise ValueError(f"{path}, line {number}, is not a JSON object in UTF-8 with the "
+                                 f"texts {' and '.join(keys)}: {error!r}") from None
             records.append(record)
     if not records:
         raise ValueError(f"{path} is empty")
     return records
 
 
-def sample(path, count, *keys):
-    """`count` records of a file of JSON lines, or all if it has fewer; always the same ones."""
-    records = read_lines(path, *keys)
+def sample(records, count):
+    """`count` records, or all if there are fewer; always the same ones."""
     return random.Random(0).sample(records, min(count, len(records)))
 
 
-class Pairs:
-    """Documents with their summaries, as ids."""
-
-    def __init__(self, records, tokenizer, max_source_length, max_target_length):
-        self.summaries = [record["summary"] for record in records]
-        self.sources = [tokenizer.encode(record["document"], max_length=max_source_length)
-                        for record in records]
-        self.targets = [tokenizer.encode(summary, max_length=max_target_length)
-                        for summary in self.summaries]
-        self.lengths = [len(s) + len(t) for s, t in zip(self.sources, self.targets)]
-
-    def pair(self, i, rng):
-        """The ids of source and target i. `rng` is for data sets that add noise; unused here."""
-        return self.sources[i], self.targets[i]
+def encode_pairs(records, tokenizer, options):
+    """The ids of each document and of its summary."""
+    pairs = []
+    for record in records:
+        source = tokenizer.encode(record["document"], max_length=options.max_source_length)
+        target = tokenizer.encode(record["summary"], max_length=options.max_target_length)
+        pairs.append((source, target))
+    return pairs
 
 
-def batches(lengths, batch_tokens, rng):
-    """Lists of indices of similar lengths, each of at most batch_tokens tokens with padding.
+def group_by_length(pairs, batch_tokens, seed=0):
+    """Lists of indices of pairs of similar length, in random order.
 
-    Their order is random. A text longer than batch_tokens is a batch of its own.
+    With padding, each has at most batch_tokens, unless it is a single longer pair.
     """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i] * rng.uniform(0.95, 1.05))
-    groups, group, longest = [], [], 0
+    rng = random.Random(seed)
+    lengths = [len(source) + len(target) for source, target in pairs]
+    # Some noise, so that the groups differ between epochs.
+    order = sorted(range(len(pairs)), key=lambda i: lengths[i] * rng.uniform(0.95, 1.05))
+    groups, longest = [[]], 0
     for i in order:
         longest = max(longest, lengths[i])
-        if group and longest * (len(group) + 1) > batch_tokens:
-            groups.append(group)
-            group, longest = [], lengths[i]
-        group.append(i)
-    groups.append(group)
+        if groups[-1] and longest * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+            longest = lengths[i]
+        groups[-1].append(i)
     rng.shuffle(groups)
     return groups
 
 
-def tensors(pairs, pad_token_id, device):
+def tensors(pairs, model):
     """The model's arguments for pairs of ids: input_ids, attention_mask (B, S), labels (B, T)."""
+    device, padding = model.lm_head.weight.device, model.config.pad_token_id
+
     def pad(rows, value):
         length = max(map(len, rows))
         return torch.tensor([row + [value] * (length - len(row)) for row in rows], device=device)
 
-    input_ids = pad([source for source, target in pairs], pad_token_id)
+    input_ids = pad([source for source, target in pairs], padding)
     labels = pad([target for source, target in pairs], -100)
-    return {"input_ids": input_ids, "attention_mask": input_ids != pad_token_id, "labels": labels}
+    return {"input_ids": input_ids, "attention_mask": input_ids != padding, "labels": labels}
 
 
-def training_batches(data, first, model, options, rank, processes):
-    """The batches of one process for each step, from step `first` (counted from 0) on, endlessly.
+def training_batches(pairs, done, model, options):
+    """(step, this process's options.accumulate batches) for each step after the first `done`.
 
-    data: examples, such as Pairs. A step has options.accumulate batches of `tensors`.
     The random numbers depend on seed, step and rank alone, so that a resumed run draws the same.
     """
-    device = next(model.parameters()).device
-    per_step = options.accumulate * processes
-    stream = itertools.islice(endless_batches(data, options), first * per_step, None)
-    for step in itertools.count(first):
-        rng = random.Random(f"{options.seed} {step} {rank}")
-        torch.manual_seed(rng.getrandbits(63))
-        groups = list(itertools.islice(stream, per_step))[rank::processes]
-        pairs = [[data.pair(i, rng) for i in group] for group in groups]
-        yield [tensors(group, model.config.pad_token_id, device) for group in pairs]
-
-
-def endless_batches(data, options):
-    """The batches of one epoch after the other."""
-    for epoch in itertools.count():
-        rng = random.Random(f"{options.seed} {epoch}")
-        yield from batches(data.lengths, options.batch_tokens, rng)
+    per_step = options.accumulate * PROCESSES
+    groups, epoch = [], 0  # groups that are not used yet
+    for step in range(1, options.steps + 1):
+        while len(groups) < per_step:
+            groups += group_by_length(pairs, options.batch_tokens, f"{options.seed} {epoch}")
+            epoch += 1
+        of_this_process = groups[:per_step][RANK::PROCESSES]
+        groups = groups[per_step:]
+        if step > done:
+            torch.manual_seed(random.Random(f"{options.seed} {step} {RANK}").getrandbits(63))
+            yield step, [tensors([pairs[i] for i in group], model) for group in of_this_process]
 
 
 def training_pairs(options, model, tokenizer):
     """The pairs of options.train, and a function that evaluates a model on options.validation."""
-    keys = "document", "summary"
-    lengths = options.max_source_length, options.max_target_length
-    pairs = Pairs(read_lines(options.train, *keys), tokenizer, *lengths)
+    pairs = encode_pairs(read_lines(options.train), tokenizer, options)
     if not options.validation:
         return pairs, None
-    records = sample(options.validation, options.evaluate_on, *keys)
+    records = sample(read_lines(options.validation), options.evaluate_on)
     # If the model cannot write with these options, say so before hours of training.
-    summarize(model, tokenizer, Pairs(records[:1], tokenizer, *lengths), options)
-    held_out = Pairs(records, tokenizer, *lengths)
-    return pairs, partial(validate, tokenizer=tokenizer, data=held_out, options=options)
+    summarize(model, tokenizer, encode_pairs(records[:1], tokenizer, options), options)
+    return pairs, partial(validate, tokenizer=tokenizer, records=records, options=options)
 
 
 # ------------------------------------------------------------------------------------------------
-# Evaluation
+# Loss and ROUGE
+
+
+class CrossEntropy(nn.Module):
+    """The loss of a model. It is a module because DistributedDataParallel wraps modules."""
+
+    def __init__(self, model, label_smoothing):
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+
+    def forward(self, batch):
+        """The loss of a batch, summed over its target tokens."""
+        decoder_input_ids = shift_right(batch["labels"], self.model.config.pad_token_id)
+        logits = self.model(batch["input_ids"], batch["attention_mask"], decoder_input_ids).logits
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum",
+                               label_smoothing=self.label_smoothing)
 
 
 def rouge(candidate, reference):
@@ -197,71 +198,63 @@ def first_sentence(text):
 
 
 @torch.no_grad()
-def mean_loss(model, data, batch_tokens):
+def mean_loss(model, pairs, options):
     """Cross-entropy per target token, without label smoothing."""
-    device = next(model.parameters()).device
-    rng = random.Random(0)
-    total, count = 0.0, 0
-    for group in batches(data.lengths, batch_tokens, rng):
-        pairs = [data.pair(i, rng) for i in group]
-        batch = tensors(pairs, model.config.pad_token_id, device)
-        tokens = (batch["labels"] != -100).sum().item()
-        total += model(**batch).loss.item() * tokens
-        count += tokens
-    return total / count
+    loss = CrossEntropy(model, label_smoothing=0.0)
+    total = 0.0
+    for group in group_by_length(pairs, options.batch_tokens):
+        total += loss(tensors([pairs[i] for i in group], model)).item()
+    return total / sum(len(target) for source, target in pairs)
 
 
-def summarize(model, tokenizer, data, options, batch_tokens=16384):
-    """The model's summaries of Pairs, in their order."""
-    max_length = model.config.max_length or options.max_target_length
-    max_length = min(max_length, model.config.max_position_embeddings)
-    device = next(model.parameters()).device
-    lengths = [len(source) for source in data.sources]
-    summaries = [""] * len(lengths)
-    for group in batches(lengths, batch_tokens, random.Random(0)):
-        pairs = [data.pair(i, None) for i in group]
-        batch = tensors(pairs, tokenizer.pad_token_id, device)
-        ids = model.generate(batch["input_ids"], batch["attention_mask"], max_length=max_length,
+def summarize(model, tokenizer, pairs, options):
+    """The model's summaries of the sources, in their order."""
+    summaries = [""] * len(pairs)
+    # Twice the tokens of a training batch, since generation keeps no activations.
+    for group in group_by_length(pairs, 2 * options.batch_tokens):
+        batch = tensors([pairs[i] for i in group], model)
+        ids = model.generate(batch["input_ids"], batch["attention_mask"],
+                             max_length=model.config.max_length or options.max_target_length,
                              num_beams=options.num_beams, num_return_sequences=1)
         for i, row in zip(group, ids):
             summaries[i] = tokenizer.decode(row)
     return summaries
 
 
-def validate(model, tokenizer, data, options):
-    """ROUGE-L on Pairs, as a score, and a text with the other measures."""
-    loss = mean_loss(model, data, options.batch_tokens)
-    summaries = summarize(model, tokenizer, data, options)
-    one, two, longest = mean_rouge(summaries, data.summaries)
+def validate(model, tokenizer, records, options):
+    """ROUGE-L, as a score, and a text with the other measures."""
+    pairs = encode_pairs(records, tokenizer, options)
+    loss = mean_loss(model, pairs, options)
+    summaries = summarize(model, tokenizer, pairs, options)
+    one, two, longest = mean_rouge(summaries, [record["summary"] for record in records])
     return longest, (f"validation loss {loss:.3f}  ROUGE-1 {one:.3f}  ROUGE-2 {two:.3f}  "
                      f"ROUGE-L {longest:.3f}\n    for example {summaries[0]!r}")
 
 
 def report(model, tokenizer, options):
     """Print loss and ROUGE of a model and of a baseline, for each "source" that the pairs name."""
-    records = [record for record in read_lines(options.evaluate, "document", "summary")
-               if not options.longer_than
-               or len(tokenizer.encode(record["document"])) > options.longer_than]
+    records = [record for record in read_lines(options.evaluate)
+               if len(tokenizer.encode(record["document"])) > options.longer_than]
     if not records:
         raise ValueError(f"{options.evaluate}: no document is longer than {options.longer_than} "
                          "tokens; lower --longer-than")
-    data = Pairs(records, tokenizer, options.max_source_length, options.max_target_length)
-    loss = mean_loss(model, data, options.batch_tokens)
+    pairs = encode_pairs(records, tokenizer, options)
+    loss = mean_loss(model, pairs, options)
     print(f"cross-entropy per token of the {len(records)} summaries: {loss:.3f}", flush=True)
-    written = summarize(model, tokenizer, data, options)
-    firsts = [first_sentence(record["document"]) for record in records]
-    sources = [str(record.get("source", "all")) for record in records]
-    for source in sorted(set(sources)):
-        chosen = [i for i, name in enumerate(sources) if name == source]
-        references = [data.summaries[i] for i in chosen]
-        print(f"{source}: {len(chosen)} documents   ROUGE-1  ROUGE-2  ROUGE-L")
-        for name, texts in (("model", written), ("first sentence", firsts)):
-            scores = mean_rouge([texts[i] for i in chosen], references)
-            print(f"  {name:24}" + "".join(f"{score:9.3f}" for score in scores))
-    count = min(options.examples, len(records))
-    for i in random.Random(options.seed).sample(range(len(records)), count):
-        print(f"\n{records[i].get('name', i)}\n  document   {records[i]['document'][:300]!r}\n"
-              f"  reference  {data.summaries[i]}\n  model      {written[i]}")
+    for record, summary in zip(records, summarize(model, tokenizer, pairs, options)):
+        record["source"] = str(record.get("source", "all"))
+        record["model"] = summary
+        record["first sentence"] = first_sentence(record["document"])
+    for source in sorted({record["source"] for record in records}):
+        group = [record for record in records if record["source"] == source]
+        references = [record["summary"] for record in group]
+        print(f"{source}: {len(group)} documents   ROUGE-1  ROUGE-2  ROUGE-L")
+        for name in ("model", "first sentence"):
+            one, two, longest = mean_rouge([record[name] for record in group], references)
+            print(f"  {name:24}{one:9.3f}{two:9.3f}{longest:9.3f}")
+    for record in random.Random(options.seed).sample(records, min(options.examples, len(records))):
+        print(f"\n{record.get('name', '')}\n  document   {record['document'][:300]!r}\n"
+              f"  reference  {record['summary']}\n  model      {record['model']}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -274,56 +267,32 @@ def say(text):
         notice(text)
 
 
-def cross_entropy(model, batch, label_smoothing):
-    """The loss of a batch, summed over its target tokens."""
-    logits = model(**batch).logits
-    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum",
-                           label_smoothing=label_smoothing)
-
-
-def autocast(model, options):
-    device = next(model.parameters()).device
-    return torch.autocast(device.type, torch.bfloat16, options.precision == "bfloat16")
-
-
-class WithLoss(nn.Module):
-    """A model and its loss as one module: DistributedDataParallel wraps modules."""
-
-    def __init__(self, model, loss):
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, batch):
-        return self.loss(self.model, batch)
-
-
-def distribute(module):
-    """Let the gradients of a module be averaged over all processes."""
+def distribute(loss):
+    """Let the gradients of a loss be averaged over all processes."""
     if PROCESSES == 1:
-        return module
+        return loss
     dist.init_process_group(timeout=timedelta(days=1))  # as long as an evaluation may take
-    config = module.model.config
-    skips_layers = config.encoder_layerdrop > 0 or config.decoder_layerdrop > 0
-    return DistributedDataParallel(module, gradient_as_bucket_view=True,
-                                   find_unused_parameters=skips_layers)
+    layerdrop = max(loss.model.config.encoder_layerdrop, loss.model.config.decoder_layerdrop)
+    return DistributedDataParallel(loss, gradient_as_bucket_view=True,
+                                   find_unused_parameters=layerdrop > 0)
 
 
 def update(module, optimizer, step, batches, options):
-    """Update the weights once; returns this process's part of the mean loss per target token.
-
-    batches: of `tensors`, one for each forward pass. The mean is over those of all processes.
-    """
+    """Update the weights once; returns the mean loss per target token, over all processes."""
     tokens = sum((batch["labels"] != -100).sum() for batch in batches)
     if PROCESSES > 1:
         dist.all_reduce(tokens)
     mean = 0
     for batch in batches:
         more = PROCESSES > 1 and batch is not batches[-1]
-        with module.no_sync() if more else contextlib.nullcontext():
-            with autocast(module, options):
+        with module.no_sync() if more else nullcontext():
+            with torch.autocast(tokens.device.type, torch.bfloat16,
+                                options.precision == "bfloat16"):
                 loss = module(batch) / tokens
             (loss * PROCESSES).backward()  # DistributedDataParallel divides by their number
         mean += loss.detach()
+    if PROCESSES > 1:
+        dist.all_reduce(mean)
 
     warmup = max(1, round(options.warmup * options.steps))
     group = optimizer.param_groups[0]
@@ -338,32 +307,32 @@ def update(module, optimizer, step, batches, options):
 
 def evaluate_and_save(model, tokenizer, evaluate, progress, options):
     """Evaluate a model, and save it if it is the best of its run so far."""
-    step = score = progress["step"]
+    step = progress["step"]
+    score = step  # the last model is the best, unless they are compared
     if evaluate:
         model.eval()
-        with autocast(model, options):
-            score, text = evaluate(model)
+        score, text = evaluate(model)
         model.train()
         say(f"step {step}: {text}")
-    if not score < progress["best_score"]:  # NaN is not, so that save_model refuses such a model
+    if score >= progress["best_score"]:
         save_model(model, tokenizer, options.output)
         progress.update(best_step=step, best_score=score)
 
 
-def train(options, checkpoint, model, tokenizer, data, loss, evaluate=None):
-    """Train a model, and save the best one in options.output.
+def train(options, checkpoint, loss, tokenizer, pairs, evaluate=None):
+    """Train loss.model, and save the best model in options.output.
 
     options: those of training_parser.
     checkpoint: the path that output_folder yields.
-    data: examples, such as Pairs: `lengths` in tokens, and `pair(i, rng)`.
-    loss: loss(model, batch) returns the loss of a batch, summed over its target tokens.
+    loss: a module such as CrossEntropy; loss(batch) is a sum over the target tokens.
+    pairs: ids of sources and targets, as encode_pairs returns.
     evaluate: evaluate(model) returns a score, the higher, the better, and a text to print.
         Without it, the last model is the best.
     Raises ValueError if the checkpoint is from another run, or if the model diverges.
     """
-    description = describe_run(options, model, PROCESSES)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), fused=True,
+    model = loss.model
+    description = describe_run(options, model)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True,
                                   weight_decay=options.weight_decay)
     progress = {"step": 0, "best_step": 0, "best_score": -math.inf}
     if checkpoint.exists() and not options.start_over:
@@ -371,36 +340,31 @@ def train(options, checkpoint, model, tokenizer, data, loss, evaluate=None):
         say(f"resuming after step {progress['step']} of {options.steps}")
     elif RANK == 0:  # before any work, so that a full disk is noticed now
         save_checkpoint(checkpoint, description, progress, model, optimizer)
-    module = distribute(WithLoss(model, loss))
-    stream = training_batches(data, progress["step"], model, options, RANK, PROCESSES)
-    saved = time.monotonic()
-    total, seconds, steps = 0, 0, 0  # loss, time and number of the steps since the last line
+    module = distribute(loss)
+    done = progress["step"]
+    began = saved = time.monotonic()
+    losses = []  # since the last line
     model.train()
-    for step in range(progress["step"] + 1, options.steps + 1):
-        began = time.monotonic()
-        batches = next(stream)
-        total += update(module, optimizer, step, batches, options)
-        seconds += time.monotonic() - began
-        steps += 1
+    for step, batches in training_batches(pairs, done, model, options):
+        losses.append(update(module, optimizer, step, batches, options))
         progress["step"] = step
-
         if step % 20 == 0 or step in (1, options.steps):
-            if PROCESSES > 1:
-                dist.all_reduce(total)
-            say(f"step {step}/{options.steps}  loss {total / steps:.3f}  "
-                f"{seconds / steps:.2f} s per step")
-            total, seconds, steps = 0, 0, 0
+            seconds = (time.monotonic() - began) / (step - done)
+            say(f"step {step}/{options.steps}  loss {sum(losses) / len(losses):.3f}  "
+                f"{seconds:.2f} s per step")
+            losses.clear()
+        if RANK > 0:
+            continue  # the first process evaluates and saves
         evaluated = step % options.evaluate_every == 0 or step == options.steps
-        if evaluated and RANK == 0:
+        if evaluated:
             evaluate_and_save(model, tokenizer, evaluate, progress, options)
-        if RANK == 0 and (evaluated or time.monotonic() - saved > CHECKPOINT_SECONDS):
+        if evaluated or time.monotonic() - saved > CHECKPOINT_SECONDS:
             save_checkpoint(checkpoint, description, progress, model, optimizer)
             saved = time.monotonic()
-        if evaluated and PROCESSES > 1:
-            dist.barrier()  # the others wait for the first one
     say(f"The best model, that of step {progress['best_step']}, is in {options.output}. "
         "checkpoint.pt there serves only to resume this run; you may delete it.")
     if PROCESSES > 1:
+        dist.barrier()  # the others wait for the last evaluation
         dist.destroy_process_group()
 
 
@@ -408,8 +372,8 @@ def train(options, checkpoint, model, tokenizer, data, loss, evaluate=None):
 # Interrupted runs: what is saved of a run, and what keeps two runs apart
 
 
-@contextlib.contextmanager
-def output_folder(options, rank):
+@contextmanager
+def output_folder(options):
     """Make options.output and keep other runs out of it; yields the path of the checkpoint.
 
     Raises ValueError if another run uses the folder, or if its model is not from a run.
@@ -421,7 +385,7 @@ def output_folder(options, rank):
     checkpoint = folder / "checkpoint.pt"
     with open(folder / "train.lock", "a") as lock:
         try:
-            if fcntl and rank == 0:
+            if fcntl and RANK == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
         except BlockingIOError:
             raise ValueError(f"another run is using {folder}: choose another --output") from None
@@ -432,24 +396,19 @@ def output_folder(options, rank):
         yield checkpoint
 
 
-def describe_run(options, model, processes):
+def describe_run(options, model):
     """All that decides the result of a run: options, number of processes, digests of the inputs."""
-    run = vars(options) | {"processes": processes}
+    run = vars(options) | {"processes": PROCESSES}
     for name in ("output", "start_over", "revision", "gradient_checkpointing"):
         del run[name]  # these do not
-    for name in ("train", "validation", "tokenizer"):
-        if run.get(name):
-            run[name] = digest([Path(run[name]).read_bytes()])
-    weights = [p.detach().cpu().flatten().view(torch.uint8).numpy() for p in model.parameters()]
-    run["model"] = digest([repr(model.config).encode(), *weights])
+    for name in ("train", "validation"):
+        if run[name]:
+            run[name] = hashlib.sha256(Path(run[name]).read_bytes()).hexdigest()[:12]
+    digest = hashlib.sha256(repr(model.config).encode())
+    for weight in model.parameters():
+        digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy())
+    run["model"] = digest.hexdigest()[:12]
     return run
-
-
-def digest(contents):
-    sha = hashlib.sha256()
-    for content in contents:
-        sha.update(content)
-    return sha.hexdigest()[:12]
 
 
 def save_checkpoint(path, run, progress, model, optimizer):
@@ -560,15 +519,29 @@ def choose_device():
     gpus = torch.cuda.device_count()
     if gpus == 0:
         return torch.device("cpu")
-    number = int(os.environ.get("LOCAL_RANK", "0"))
-    if number >= gpus:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= gpus:
         raise ValueError(f"there are more processes than GPUs: use --nproc-per-node {gpus}")
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
-def prepare(model, options):
-    """Fill in the options that depend on the model and the processor, and check the lengths."""
+def load(options):
+    """The model that --model and --set name, on this process's device, and its tokenizer.
+
+    Fills in the options that depend on the model and the processor, and checks the lengths.
+    """
+    model, tokenizer = load_model(options.model, architecture="ForConditionalGeneration",
+                                  revision=options.revision, device=choose_device(),
+                                  **parse_settings(options.set))
+    for stack in (model.model.encoder, model.model.decoder):
+        stack.gradient_checkpointing = options.gradient_checkpointing
+    if options.precision is None:
+        if torch.cuda.is_available():
+            supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            supported = torch.cpu._is_avx512_bf16_supported()
+        options.precision = "bfloat16" if supported else "float32"
     positions = model.config.max_position_embeddings
     options.max_source_length = options.max_source_length or positions
     for name in ("max_source_length", "max_target_length"):
@@ -576,21 +549,6 @@ def prepare(model, options):
         if length > positions:
             raise ValueError(f"--{name.replace('_', '-')} {length}: the model has {positions} "
                              f"positions; --set max_position_embeddings={length} adds more")
-    if options.precision is None:
-        computes_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        if torch.cuda.is_available():
-            computes_bfloat16 = partial(torch.cuda.is_bf16_supported, including_emulation=False)
-        options.precision = "bfloat16" if computes_bfloat16() else "float32"
-    for stack in (model.model.encoder, model.model.decoder):
-        stack.gradient_checkpointing = options.gradient_checkpointing
-
-
-def load(options):
-    """The model that --model and --set name, on this process's device, and its tokenizer."""
-    model, tokenizer = load_model(options.model, architecture="ForConditionalGeneration",
-                                  revision=options.revision, device=choose_device(),
-                                  **parse_settings(options.set))
-    prepare(model, options)
     return model, tokenizer
 
 
@@ -601,16 +559,16 @@ def main():
         if RANK == 0:
             report(*load(options), options)
         return
-    with output_folder(options, RANK) as checkpoint:
+    with output_folder(options) as checkpoint:
         model, tokenizer = load(options)
         if options.only_global_embeddings:
             if not model.config.lsg:
                 raise ValueError("--only-global-embeddings: the model has none, due to lsg=false")
             model.requires_grad_(False)
             model.model.encoder.global_embeddings.requires_grad_(True)
-        data, evaluate = training_pairs(options, model, tokenizer)
-        loss = partial(cross_entropy, label_smoothing=options.label_smoothing)
-        train(options, checkpoint, model, tokenizer, data, loss, evaluate)
+        pairs, evaluate = training_pairs(options, model, tokenizer)
+        loss = CrossEntropy(model, options.label_smoothing)
+        train(options, checkpoint, loss, tokenizer, pairs, evaluate)
 
 
 if __name__ == "__main__":

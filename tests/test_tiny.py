@@ -16,7 +16,7 @@ import train
 from barthez import BarthezConfig, BarthezForConditionalGeneration, init_weights, load_model
 from conftest import GOLDENS
 from test_train import ROOT, SENTENCES, arguments, assert_same, main, write_pairs
-from tiny import own_beams, pretrain
+from tiny import new_model, own_beams, pretrain
 from tiny import round as rounding
 from tokenizer import BarthezTokenizer
 
@@ -39,8 +39,7 @@ def pairs(tmp_path):
 
 def test_infilling_restores_the_text_that_was_damaged(tokenizer):
     documents = [{"document": " ".join(SENTENCES)}]
-    examples = pretrain.Infilling(documents, tokenizer, 300, masked=0.3)
-    noisy, target = examples.pair(0, random.Random(1))
+    (noisy, target), = pretrain.infilling(documents, tokenizer, 300, masked=0.3)
     assert tokenizer.decode(target) == " ".join(SENTENCES)
     assert noisy[0] == target[0] == tokenizer.bos_token_id
     assert noisy[-1] == target[-1] == tokenizer.eos_token_id
@@ -49,8 +48,7 @@ def test_infilling_restores_the_text_that_was_damaged(tokenizer):
 
 def test_infilling_shuffles_the_sentences(tokenizer):
     documents = [{"document": " ".join(SENTENCES)}]
-    examples = pretrain.Infilling(documents, tokenizer, 300, masked=0.0)
-    shuffled, target = examples.pair(0, random.Random(1))
+    (shuffled, target), = pretrain.infilling(documents, tokenizer, 300, masked=0.0)
     assert shuffled != target and sorted(shuffled) == sorted(target)
     text = tokenizer.decode(shuffled)
     assert all(sentence in text for sentence in SENTENCES)
@@ -80,7 +78,7 @@ def test_pieces_are_whole_sentences_that_fit(tokenizer):
 
 def test_documents_without_a_piece_are_an_error(tokenizer):
     with pytest.raises(ValueError, match="no document has a piece of 32 to 298 tokens"):
-        pretrain.Infilling([{"document": "Oui."}], tokenizer, 300, 0.3)
+        pretrain.infilling([{"document": "Oui."}], tokenizer, 300, 0.3)
 
 
 def test_a_new_model_copies_what_it_attends_to_and_tells_positions_apart():
@@ -89,7 +87,7 @@ def test_a_new_model_copies_what_it_attends_to_and_tells_positions_apart():
         vocab_size=40, d_model=64, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=56, lsg=False)).eval()
     init_weights(model, 0.02)
-    pretrain.init_to_copy(model, 0.02)
+    new_model.init_to_copy(model, 0.02)
     documents = torch.arange(5, 40)[:, None]  # of one word each, which gets all attention
     logits = model(documents, decoder_input_ids=torch.full_like(documents, 2)).logits
     assert logits.argmax(-1).equal(documents)
@@ -99,19 +97,22 @@ def test_a_new_model_copies_what_it_attends_to_and_tells_positions_apart():
     assert near.min() > 1.4 * far.max() > 0
 
 
-def test_pretraining_makes_a_new_model_and_resumes(pairs, tmp_path):
+def test_pretraining_begins_with_a_new_model_and_resumes(pairs, tmp_path):
     documents = tmp_path / "documents.jsonl"
     with open(documents, "w") as file:
         for start in range(5):
             text = " ".join((SENTENCES[start:] + SENTENCES[:start]) * 3)
             print(json.dumps({"document": text}), file=file)
-    command = arguments(documents, tmp_path / "new", "--model", GOLDENS / "plain" / "config.json",
-                        "--tokenizer", TOKENIZER, "--validation", documents, "--masked", 0.1,
-                        "--max-source-length", 40, "--steps", 4, "--evaluate-every", 2)
+    fresh = tmp_path / "fresh"
+    main(["new_model.py", str(GOLDENS / "plain" / "config.json"), str(TOKENIZER), str(fresh)],
+         new_model)
+    model, tokenizer = load_model(fresh)
+    assert model.config.vocab_size == len(tokenizer)
+    command = arguments(documents, tmp_path / "new", "--model", fresh, "--validation", documents,
+                        "--masked", 0.1, "--max-source-length", 40, "--steps", 4,
+                        "--evaluate-every", 2)
     main(command, pretrain)
     first = load_file(tmp_path / "new" / "model.safetensors")
-    model, tokenizer = load_model(tmp_path / "new")
-    assert model.config.vocab_size == len(tokenizer)
 
     def interrupted(*rest):
         raise KeyboardInterrupt
@@ -130,24 +131,24 @@ def test_pretraining_makes_a_new_model_and_resumes(pairs, tmp_path):
 # Learning from the own beams
 
 
+OPTIONS = Namespace(num_beams=3, max_target_length=11, weight=0.7)
+
+
 @pytest.fixture
 def writer():
-    """A model whose summaries have different lengths, its tokenizer, pairs and a batch of them."""
+    """A model whose summaries differ in length, its tokenizer, records, their ids, and a batch."""
     model, tokenizer = load_model(GOLDENS / "plain", block_size=8, sparse_block_size=8, dropout=0.0,
                                   attention_dropout=0.0, activation_dropout=0.0,
                                   max_position_embeddings=256)
     model.final_logits_bias[0, tokenizer.eos_token_id] = 2.0
     records = [{"document": " ".join(SENTENCES[i:]), "summary": SENTENCES[i]} for i in range(3)]
-    examples = train.Pairs(records, tokenizer, None, None)
-    batch = train.tensors([examples.pair(i, None) for i in range(3)], tokenizer.pad_token_id, "cpu")
-    return model, tokenizer, examples, batch
-
-
-OPTIONS = Namespace(num_beams=3, max_target_length=11, weight=0.7)
+    whole = Namespace(max_source_length=None, max_target_length=None)
+    ids = train.encode_pairs(records, tokenizer, whole)
+    return model, tokenizer, records, ids, train.tensors(ids, model)
 
 
 def test_the_risk_is_the_expected_lack_of_rouge(writer, monkeypatch):
-    model, tokenizer, examples, batch = writer
+    model, tokenizer, records, pairs, batch = writer
 
     def rouge(candidate, reference):  # the toy model's own would be 0
         return len(candidate) / 100, len(reference) / 100, candidate.count("a") / 100
@@ -160,28 +161,28 @@ def test_the_risk_is_the_expected_lack_of_rouge(writer, monkeypatch):
         return logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].sum()
 
     expected, lengths = 0.0, set()
-    for source, summary, target in zip(examples.sources, examples.summaries, examples.targets):
+    for record, (source, target) in zip(records, pairs):
         source = torch.tensor([source])
         written = model.generate(source, num_return_sequences=3, num_beams=3, max_length=11)
         written = [ids[ids != tokenizer.pad_token_id] for ids in written]
         lengths |= {len(ids) for ids in written}
         weights = [(2 * log_prob(source, ids) / (len(ids) - 1)).exp() for ids in written]
-        points = [100 * sum(rouge(tokenizer.decode(ids), summary)) / 3 for ids in written]
+        points = [100 * sum(rouge(tokenizer.decode(ids), record["summary"])) / 3 for ids in written]
         lack = sum(w * (100 - p) for w, p in zip(weights, points)) / sum(weights)
         expected += 0.7 * lack - log_prob(source, torch.tensor(target[-1:] + target))
     assert len(lengths) > 1
-    loss = own_beams.expected_risk(model, batch, tokenizer, OPTIONS)
+    loss = own_beams.ExpectedRisk(model, tokenizer, OPTIONS)(batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_risk_has_gradients_in_bfloat16_too(writer):
-    model, tokenizer, _, batch = writer
+    model, tokenizer, _, _, batch = writer
     model.train()
     gradients = []
     for precision in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
         model.zero_grad()
         with precision:
-            own_beams.expected_risk(model, batch, tokenizer, OPTIONS).backward()
+            own_beams.ExpectedRisk(model, tokenizer, OPTIONS)(batch).backward()
         gradients.append({name: p.grad.flatten() for name, p in model.named_parameters()})
     assert model.training
     for name in ("model.shared.weight", "model.encoder.layers.0.fc1.weight",

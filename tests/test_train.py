@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,8 @@ def test_rouge_by_hand():
 
 def test_batches_contain_every_pair_once_and_keep_their_size():
     lengths = [random.Random(i).randrange(5, 90) for i in range(200)]
-    groups = train.batches(lengths, 300, random.Random(0))
+    pairs = [(length // 2 * [7], (length - length // 2) * [7]) for length in lengths]
+    groups = train.group_by_length(pairs, 300)
     assert sorted(i for group in groups for i in group) == list(range(200))
     assert max(len(group) * max(lengths[i] for i in group) for group in groups) <= 300
 
@@ -101,7 +103,7 @@ def test_batches_contain_every_pair_once_and_keep_their_size():
 def test_lines_with_a_byte_order_mark_and_blank_lines_can_be_read(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"document": "\xc3\xa9t\xc3\xa9"}\r\n\n{"document": ""}\n\n')
-    assert train.read_lines(path, "document") == [{"document": "été"}, {"document": ""}]
+    assert train.read_lines(path, ["document"]) == [{"document": "été"}, {"document": ""}]
 
 
 GOOD_LINE = b'{"document": "a", "summary": "b"}\n'
@@ -116,13 +118,13 @@ def test_a_line_that_is_no_pair_is_named(tmp_path, content, line):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"bad.jsonl, line {line}, "):
-        train.read_lines(path, "document", "summary")
+        train.read_lines(path)
 
 
 def test_an_empty_file_is_an_error(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="empty.jsonl is empty"):
-        train.read_lines(tmp_path / "empty.jsonl", "document")
+        train.read_lines(tmp_path / "empty.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -140,9 +142,9 @@ def test_accumulated_batches_count_as_one(pairs, tmp_path):
     options = *NO_DROPOUT, "--steps", 1, "--batch-tokens"
     once = run(pairs, tmp_path / "once", *options, 100000)
     tokenizer = BarthezTokenizer(GOLDENS / "plain" / "sentencepiece.bpe.model")
-    records = train.read_lines(pairs, "document", "summary")
-    lengths = train.Pairs(records, tokenizer, None, None).lengths
-    several = len(train.batches(lengths, 400, random.Random("1 0")))
+    lengths = Namespace(max_source_length=None, max_target_length=None)
+    ids = train.encode_pairs(train.read_lines(pairs), tokenizer, lengths)
+    several = len(train.group_by_length(ids, 400, "1 0"))
     assert several > 2
     several = run(pairs, tmp_path / "several", *options, 400, "--accumulate", several)
     assert_same(several, once, 3e-4)
@@ -204,12 +206,11 @@ def test_the_best_model_is_saved_not_the_last(pairs, tmp_path, monkeypatch):
 
 
 def test_bfloat16_is_the_default_only_where_the_processor_has_it(monkeypatch, pairs, tmp_path):
-    model, _ = train.load_model(GOLDENS / "plain")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for supported, precision in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda s=supported: s)
-        options = train.training_parser("", "").parse_args(["--model", "plain"])
-        train.prepare(model, options)
+        options = train.training_parser("", "").parse_args(["--model", str(GOLDENS / "plain")])
+        train.load(options)
         assert options.precision == precision
 
 
@@ -287,7 +288,7 @@ def test_a_damaged_checkpoint_is_one_line_with_the_remedy(pairs, tmp_path, damag
 def test_a_second_run_into_the_same_folder_is_refused(pairs, tmp_path):
     options = train.training_parser("", "").parse_args(
         ["--model", "plain", "--output", str(tmp_path / "model")])
-    with train.output_folder(options, 0), pytest.raises(ValueError, match="another run is using"):
+    with train.output_folder(options), pytest.raises(ValueError, match="another run is using"):
         run(pairs, tmp_path / "model", "--steps", 1)
     run(pairs, tmp_path / "model", "--steps", 1)
 
@@ -315,10 +316,10 @@ def test_a_full_disk_is_noticed_before_training(pairs, tmp_path):
 def test_a_model_that_diverges_is_not_saved(pairs, tmp_path, monkeypatch):
     before = run(pairs, tmp_path / "model", "--steps", 3, "--evaluate-every", 1)
 
-    def infinite(model, batch, label_smoothing):
-        return model(**batch).logits.sum() * float("inf")
+    def infinite(loss, batch):
+        return loss.model(**batch).logits.sum() * float("inf")
 
-    monkeypatch.setattr(train, "cross_entropy", infinite)
+    monkeypatch.setattr(train.CrossEntropy, "forward", infinite)
     with pytest.raises(ValueError, match="step 1: the gradients are not finite"):
         run(pairs, tmp_path / "model", "--steps", 3, "--start-over")
     assert_same(load_file(tmp_path / "model" / "model.safetensors"), before)

@@ -17,9 +17,10 @@ fi
 manual_pages() { grep '"source": "manual"' data/pairs.train.jsonl; }
 { cat data/pairs.train.jsonl; manual_pages; manual_pages; } > data/pairs.more-pages.jsonl
 
+python -m tiny.new_model tiny/config.json data/sentencepiece.bpe.model new
+
 # 1. Infilling short pieces, a tenth of which is masked: learn to copy (18 minutes).
-torchrun --nproc-per-node 2 -m tiny.pretrain --model tiny/config.json \
-    --tokenizer data/sentencepiece.bpe.model --set dropout=0.0 \
+torchrun --nproc-per-node 2 -m tiny.pretrain --model new --set dropout=0.0 \
     --train data/pretrain.jsonl --output copying \
     --max-source-length 40 --masked 0.1 --batch-tokens 1024 \
     --steps 1500 --warmup 0.0667 --learning-rate 2e-3

@@ -8,16 +8,14 @@ ROUGE (of 100) that the model's own beams are expected to lack, times --weight: 
 "Minimum Risk Training for Neural Machine Translation" (2016), arXiv:1512.02433.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from barthez import shift_right
 from cpu import keep_freed_memory
 from load_weights import run
-from train import (RANK, load, number, output_folder, rouge, train, training_pairs,
-                   training_parser)
+from train import load, number, output_folder, rouge, train, training_pairs, training_parser
 
 
 def parse_arguments():
@@ -32,32 +30,41 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def expected_risk(model, batch, tokenizer, options):
-    """The loss of a batch: cross-entropy and expected lack of ROUGE, summed over the documents.
+class ExpectedRisk(nn.Module):
+    """Cross-entropy and expected lack of ROUGE.
 
     A beam's probability is the softmax, over the beams of its document, of twice its
     log-probability per token.
     """
-    beams, pad = options.num_beams, tokenizer.pad_token_id
-    labels = batch["labels"]
-    written = model.generate(batch["input_ids"], batch["attention_mask"], num_beams=beams,
-                             num_return_sequences=beams, max_length=options.max_target_length)
-    written = written[:, 1:]  # without the start token, (B * beams, L)
-    # Older versions of PyTorch would use the weights that generate cast to bfloat16 without grad.
-    torch.clear_autocast_cache()
 
-    references = [tokenizer.decode(ids) for ids in labels.masked_fill(labels == -100, pad)]
-    lack = [100 - 100 * sum(rouge(tokenizer.decode(ids), references[i // beams])) / 3
-            for i, ids in enumerate(written)]
-    lack = torch.tensor(lack, device=labels.device).view(-1, beams)
+    def __init__(self, model, tokenizer, options):
+        super().__init__()
+        self.model, self.tokenizer, self.options = model, tokenizer, options
 
-    states, visible = model.model.encoder(batch["input_ids"], batch["attention_mask"])
-    cross_kv = model.model.decoder.cross_kv(states)
-    own_losses = token_losses(model, cross_kv, visible, written.masked_fill(written == pad, -100))
-    own_loss = own_losses.sum(1) / (written != pad).sum(1)  # per token, as beam search compares
-    probability = (-2 * own_loss.view(-1, beams)).softmax(1)
-    risk = (probability * lack).sum()
-    return options.weight * risk + token_losses(model, cross_kv, visible, labels).sum()
+    def forward(self, batch):
+        """The loss of a batch, summed over the documents."""
+        model, tokenizer, options = self.model, self.tokenizer, self.options
+        beams, pad = options.num_beams, tokenizer.pad_token_id
+        labels = batch["labels"]
+        written = model.generate(batch["input_ids"], batch["attention_mask"], num_beams=beams,
+                                 num_return_sequences=beams, max_length=options.max_target_length)
+        written = written[:, 1:]  # without the start token, (B * beams, L)
+        # Otherwise older versions of PyTorch reuse weights that `generate` cast without gradients.
+        torch.clear_autocast_cache()
+
+        references = [tokenizer.decode(ids) for ids in labels.masked_fill(labels == -100, pad)]
+        lack = [100 - 100 * sum(rouge(tokenizer.decode(ids), references[i // beams])) / 3
+                for i, ids in enumerate(written)]
+        lack = torch.tensor(lack, device=labels.device).view(-1, beams)
+
+        states, visible = model.model.encoder(batch["input_ids"], batch["attention_mask"])
+        cross_kv = model.model.decoder.cross_kv(states)
+        own_labels = written.masked_fill(written == pad, -100)
+        own_losses = token_losses(model, cross_kv, visible, own_labels)
+        own_loss = own_losses.sum(1) / (written != pad).sum(1)  # per token, as beam search compares
+        probability = (-2 * own_loss.view(-1, beams)).softmax(1)
+        risk = (probability * lack).sum()
+        return options.weight * risk + token_losses(model, cross_kv, visible, labels).sum()
 
 
 def token_losses(model, cross_kv, visible, labels):
@@ -77,11 +84,11 @@ def token_losses(model, cross_kv, visible, labels):
 def main():
     keep_freed_memory()
     options = parse_arguments()
-    with output_folder(options, RANK) as checkpoint:
+    with output_folder(options) as checkpoint:
         model, tokenizer = load(options)
-        data, evaluate = training_pairs(options, model, tokenizer)
-        loss = partial(expected_risk, tokenizer=tokenizer, options=options)
-        train(options, checkpoint, model, tokenizer, data, loss, evaluate)
+        pairs, evaluate = training_pairs(options, model, tokenizer)
+        loss = ExpectedRisk(model, tokenizer, options)
+        train(options, checkpoint, loss, tokenizer, pairs, evaluate)
 
 
 if __name__ == "__main__":
