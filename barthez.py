@@ -5,17 +5,18 @@
 BARThez is an mBART: M. Kamal Eddine et al., "BARThez: a Skilled Pretrained French
 Sequence-to-Sequence Model" (2020), arXiv:2010.12321, after Y. Liu et al., arXiv:2001.08210.
 Official code: transformers 4.36.2, models/mbart/modeling_mbart.py; with LSG, lsg-converter 0.1.9,
-lsg_converter/mbart/modeling_lsg_mbart.py. Modules have the names of the checkpoint.
+lsg_converter/mbart/modeling_lsg_mbart.py. Modules are named as in the checkpoint.
 
-The walk of a document: main -> summarize_files -> load_model -> read_checkpoint (load_weights.py),
-build_model -> summarize -> text to ids (tokenizer.py) -> generate -> Encoder -> lsg_attention
-(lsg.py) -> beam_search (beam_search.py), each step through the Decoder -> ids to text. Whatever
-comes from cpu.py changes the speed and no result.
+The walk of a document: main -> summarize_files -> load_model -> read_checkpoint, convert_to_lsg
+(load_weights.py), build_model -> summarize -> text to ids (tokenizer.py) -> generate -> Encoder ->
+lsg_attention (lsg.py) -> beam_search (beam_search.py), each step by the Decoder -> ids to text.
+Whatever comes from cpu.py changes the speed and no result.
 
 Letters used for shapes:
     B batch    H heads    D head dimension    E d_model    V vocabulary    G global tokens
     T tokens of the sequence that attends     S tokens that it attends to; in cross-attention, those
-                                              of the encoded document, globals included
+                                              of the encoded document, with its globals
+During generation, T is the number of beams: each step reads one token per beam.
 """
 
 import argparse
@@ -97,7 +98,7 @@ class BarthezConfig:
     decoder_layerdrop: float = 0.0
 
     # Classification
-    id2label: dict = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
+    id2label: dict = field(default_factory=lambda: label_names(None, None))
     problem_type: str | None = None  # one of CHOICES; None: inferred from the labels
 
     # Generation
@@ -136,8 +137,11 @@ class BarthezConfig:
 
     @classmethod
     def from_dict(cls, settings):
-        """From the contents of a config.json. Unknown keys are ignored; null means the default."""
-        settings = {ALIASES.get(key, key): value for key, value in settings.items()}
+        """From the contents of a config.json. Unknown keys are ignored.
+
+        null means the default, except where None is allowed.
+        """
+        settings = without_aliases(settings)
         settings["id2label"] = label_names(settings.get("id2label"), settings.get("num_labels"))
         known = {}
         for f in fields(cls):
@@ -167,6 +171,10 @@ CHOICES = {
     "activation_function": ACTIVATIONS, "early_stopping": (True, False, "never"),
     "problem_type": ("regression", "single_label_classification", "multi_label_classification",
                      None)}
+
+
+def without_aliases(settings):
+    return {ALIASES.get(key, key): value for key, value in settings.items()}
 
 
 def check_field(name, value, kind):
@@ -230,7 +238,10 @@ class Attention(nn.Module):
         return self.split_heads(self.k_proj(states)), self.split_heads(self.v_proj(states))
 
     def forward(self, x, key, value, visible):
-        """x (B, T, E), key and value (B, H, S, D), visible as `attend` takes it -> (B, T, E)."""
+        """x (B, T, E), key and value (B, H, S, D) -> (B, T, E).
+
+        visible: (B, S) if `attend` is lsg_attention, otherwise (B or 1, 1, T or 1, S).
+        """
         query = self.split_heads(self.q_proj(x))  # (B, H, T, D)
         dropout_p = self.dropout if self.training else 0.0
         context = self.attend(query, key, value, visible, dropout_p=dropout_p)  # (B, H, T, D)
@@ -251,12 +262,12 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.activation_dropout = nn.Dropout(config.activation_dropout)
 
-    def attend_to_itself(self, x, visible, cache=None):
-        """x (B, T, E). A cache appends the new keys and values to those of the earlier tokens."""
+    def attend_to_itself(self, x, visible, layer_cache=None):
+        """x (B, T, E) -> (B, T, E). With a cache, it sees the earlier tokens, too."""
         normed = self.self_attn_layer_norm(x)
         key, value = self.self_attn.keys_values(normed)
-        if cache is not None:
-            key, value = cache.append(key, value)
+        if layer_cache is not None:
+            key, value = layer_cache.append(key, value)  # (B, H, all tokens written so far, D)
         return x + self.dropout(self.self_attn(normed, key, value, visible))
 
     @tokens_in_pieces
@@ -277,9 +288,9 @@ class DecoderLayer(Layer):
         self.encoder_attn = Attention(config.d_model, heads, config.attention_dropout)
         self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, x, visible, cross_kv=None, cross_visible=None, cache=None):
+    def forward(self, x, visible, cross_kv, cross_visible, layer_cache):
         """x (B, T, E). cross_kv: the layer's keys and values of the document; None: no document."""
-        x = self.attend_to_itself(x, visible, cache)
+        x = self.attend_to_itself(x, visible, layer_cache)
         if cross_kv is not None:
             normed = self.encoder_attn_layer_norm(x)
             x = x + self.dropout(self.encoder_attn(normed, *cross_kv, cross_visible))
@@ -319,6 +330,7 @@ class Stack(nn.Module):
         return self.embed_tokens(input_ids) * self.embed_scale + positions
 
     def run_layer(self, layer, x, *inputs):
+        """In training, a layer may be skipped, or computed again in the backward pass."""
         if self.training and self.layerdrop and torch.rand(()) < self.layerdrop:
             return x
         if self.training and self.gradient_checkpointing:
@@ -336,7 +348,7 @@ class Encoder(Stack):
                   for _ in range(config.encoder_layers)]
         super().__init__(config, shared, layers, config.encoder_layerdrop)
         if config.lsg:
-            self.global_embeddings = nn.Embedding(NUM_GLOBALS, config.d_model)
+            self.global_embeddings = nn.Embedding(NUM_GLOBALS, config.d_model)  # the first G serve
 
     def forward(self, input_ids, attention_mask=None):
         """input_ids (B, T); attention_mask (B, T), True or 1 except for padding.
@@ -364,7 +376,7 @@ class Encoder(Stack):
         x = self.layer_norm(x)
 
         if config.lsg and not config.pass_global_tokens_to_decoder:
-            # With mask_first_token the state of <s> is useless: the global token replaces it, too.
+            # With mask_first_token, the decoder does not see <s>, whose state is useless.
             first = 0 if config.pool_with_global or config.mask_first_token else G
             x = torch.cat([x[:, first:first + 1], x[:, G + 1:]], dim=1)  # (B, T, E)
             visible = visible[:, G:]
@@ -391,7 +403,7 @@ class Decoder(Stack):
         document: they have the same position, see the same document, and their own histories.
         """
         if cache is not None:
-            visible = cache.next_step()  # (B, 1, beams, all tokens written so far)
+            visible = cache.next_step()  # (B, 1, beams, all tokens written so far by all beams)
             x = self.embed(input_ids, cache.position, cache.position + 1)
         else:
             T = input_ids.shape[1]
@@ -427,9 +439,9 @@ class BarthezModel(nn.Module):
         """All (B, length). decoder_input_ids default to the input, shifted right."""
         if decoder_input_ids is None:
             decoder_input_ids = shift_right(input_ids, self.config.pad_token_id)
-        encoder_states, visible = self.encoder(input_ids, attention_mask)
+        encoder_states, cross_visible = self.encoder(input_ids, attention_mask)
         cross_kv = self.decoder.cross_kv(encoder_states)
-        states = self.decoder(decoder_input_ids, cross_kv, visible)
+        states = self.decoder(decoder_input_ids, cross_kv, cross_visible)
         return Output(last_hidden_state=states, encoder_last_hidden_state=encoder_states)
 
 
@@ -480,10 +492,14 @@ class BarthezForConditionalGeneration(nn.Module):
         with the start token; pad_token_id follows </s>. Dropout is off.
         """
         known = TOKEN_IDS + BEAM_SETTINGS
-        for name in settings.keys() - set(known):
-            raise ValueError(f"generate has no setting {name}: choose among {', '.join(known)}")
-        config = replace(self.config, **settings)
-        max_length, positions = config.max_length or 20, config.max_position_embeddings
+        unknown = settings.keys() - set(known)
+        if unknown:
+            raise ValueError(f"generate has no setting {', '.join(sorted(unknown))}: choose among "
+                             f"{', '.join(known)}")
+        config = replace(self.config, **settings)  # checks the values
+        if config.max_length is None:
+            config = replace(config, max_length=20)
+        max_length, positions = config.max_length, config.max_position_embeddings
         if max_length - 1 > positions:  # the last token is not read again
             raise ValueError(f"{max_length=}, but the decoder has {positions} positions: choose at "
                              f"most {positions + 1}")
@@ -496,15 +512,16 @@ class BarthezForConditionalGeneration(nn.Module):
             attention_mask = input_ids != config.pad_token_id
 
         with evaluation_mode(self):
-            states, visible = self.model.encoder(input_ids, attention_mask)
-            cross_kv = self.model.decoder.cross_kv(states)
-            cache = Cache(config, len(input_ids), max_length, like=states)
+            encoder_states, cross_visible = self.model.encoder(input_ids, attention_mask)
+            cross_kv = self.model.decoder.cross_kv(encoder_states)
+            cache = Cache(config, len(input_ids), like=encoder_states)
 
             def next_logits(tokens):  # (B, beams) -> (B, beams, V)
-                return self.logits(self.model.decoder(tokens, cross_kv, visible, cache=cache))
+                states = self.model.decoder(tokens, cross_kv, cross_visible, cache=cache)
+                return self.logits(states)
 
             start = input_ids.new_full((len(input_ids),), start_id)
-            return beam_search(next_logits, cache.reorder, start, config, max_length, progress)
+            return beam_search(next_logits, cache.reorder, start, config, progress)
 
 
 @contextmanager
@@ -556,7 +573,7 @@ class BarthezForSequenceClassification(nn.Module):
         if problem_type == "regression":
             return F.mse_loss(logits.squeeze(), labels.squeeze())
         if problem_type == "single_label_classification":
-            return F.cross_entropy(logits, labels.flatten())
+            return F.cross_entropy(logits, labels.flatten().long())
         return F.binary_cross_entropy_with_logits(logits, labels)
 
 
@@ -591,7 +608,7 @@ class BarthezForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         shared = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
-        self.model = nn.ModuleDict({"decoder": Decoder(config, shared)})
+        self.model = nn.ModuleDict({"decoder": Decoder(config, shared)})  # for the names
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = shared.weight
@@ -628,23 +645,26 @@ def load_model(source, *, revision=None, architecture=None, device=None, dtype=N
     """
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
              "float64": torch.float64, None: torch.float32}
-    if dtype not in types and dtype not in types.values():
+    dtype = types.get(dtype, dtype)
+    if dtype not in types.values():
         raise ValueError(f"{dtype=}: choose float32, bfloat16, float16 or float64")
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # each kind of device fails in its own way
         raise ValueError(f"{device=} cannot be used: {one_line(error, 100)}") from None
-    overrides = {ALIASES.get(key, key): value for key, value in overrides.items()}
+    overrides = without_aliases(overrides)
     unknown = overrides.keys() - {f.name for f in fields(BarthezConfig)} - {"num_labels"}
     if unknown:
         raise ValueError(f"config.json has no key {', '.join(sorted(unknown))}")
     settings, tensors, tokenizer = read_checkpoint(source, revision)
+    settings = without_aliases(settings)
     if overrides.keys() & {"num_labels", "id2label"}:  # overriding one replaces both
         settings = settings | {"num_labels": None, "id2label": None}
     positions = overrides.get("max_position_embeddings")
     try:
         architecture = architecture_name(architecture or settings.get("architectures"))
-        if lsg and GLOBALS not in tensors and POSITIONS[0] in tensors:
+        has_encoder = POSITIONS[0] in tensors
+        if lsg and has_encoder and GLOBALS not in tensors:
             settings, tensors = convert_to_lsg(settings, tensors, tokenizer, positions or 4096)
         elif positions is not None:
             settings, tensors = resize_positions(settings, tensors, positions)
@@ -653,7 +673,7 @@ def load_model(source, *, revision=None, architecture=None, device=None, dtype=N
     except ValueError as error:
         raise ValueError(f"{source} cannot be loaded: {error}") from None
     tokenizer.model_max_length = config.max_position_embeddings
-    model = model.to(device, types.get(dtype, dtype)).eval()
+    model = model.to(device, dtype).eval()
     accelerate(model)
     return model, tokenizer
 
@@ -685,11 +705,11 @@ def build_model(config, architecture, tensors):
 
     shared = nn.Parameter(tensors[EMBEDDING])  # one parameter under all of its names
     given = {"final_logits_bias": torch.zeros(1, config.vocab_size)} | tensors
-    given |= dict.fromkeys(EMBEDDINGS[:3], shared)
+    given |= dict.fromkeys(EMBEDDINGS[:3], shared)  # all but lm_head.weight
     if config.tie_word_embeddings:
         given["lm_head.weight"] = shared
-    elif "lm_head.weight" in given:
-        given["lm_head.weight"] = given["lm_head.weight"].clone()  # it may have been tied
+    elif "lm_head.weight" in given:  # it may be the embedding's tensor, but is trained apart
+        given["lm_head.weight"] = given["lm_head.weight"].clone()
     missing = named.load_state_dict(given, strict=False, assign=True).missing_keys
 
     for head in sorted({name.partition(".")[0] for name in missing}):
@@ -799,7 +819,7 @@ def parse_arguments():
 
     overrides = parse_settings(arguments.set)
     given = {name for name, value in vars(arguments).items() if value is not None}
-    useless = {"num_return_sequences"}
+    useless = {"num_return_sequences"}  # one text is printed
     if overrides.get("lsg") is False:
         useless |= LSG_KEYS.keys()
     if not arguments.summarize:
@@ -826,7 +846,8 @@ def load(task, arguments, overrides):
     default_model, architecture = TASKS[task]
     source = default_model if arguments.model is None else arguments.model
     options = overrides | {"architecture": architecture, "device": arguments.device,
-                           "dtype": arguments.dtype, "num_return_sequences": 1}  # one is printed
+                           "dtype": arguments.dtype}
+    options["num_return_sequences"] = 1  # whatever the checkpoint says, one is printed
     with warnings.catch_warnings():
         warnings.simplefilter("error", HeadWarning)
         try:
@@ -838,7 +859,8 @@ def load(task, arguments, overrides):
                 raise
             notice(f"{error} Using the small bundled model instead. It was trained only on "
                    "descriptions of software and manual pages.")
-            return load_model("tiny", **options)
+            arguments.model, arguments.revision = "tiny", None
+            return load(task, arguments, overrides)
 
 
 def summarize_files(arguments, overrides):
@@ -890,8 +912,9 @@ def summarize(model, tokenizer, name, text, limit):
         notice(f"{name}: reading the first {len(ids):,} of {whole:,} tokens; --max-source-length "
                f"{whole} reads all")
 
-    def progress(step, steps):
-        notice(f"\r{name}: {len(ids):,} tokens read, {step} of up to {steps} written", end="")
+    def progress(written, max_length):
+        notice(f"\r{name}: {len(ids):,} tokens read, {written} of up to {max_length} written",
+               end="")
 
     on_terminal = sys.stderr.isatty()
     out = model.generate(torch.tensor([ids], device=model.lm_head.weight.device),
@@ -923,7 +946,10 @@ def classify(text, model, tokenizer):
     if len(logits) == 1:
         print(f"{logits.item():.3f}")
         return
-    probability, label = logits.softmax(-1).max(-1)
+    probabilities = logits.softmax(-1)
+    if model.config.problem_type == "multi_label_classification":
+        probabilities = logits.sigmoid()
+    probability, label = probabilities.max(-1)
     print(f"{model.config.id2label[label.item()]} {probability:.3f}")
 
 

@@ -13,23 +13,23 @@ import torch
 from torch import nn
 
 
-def beam_search(next_logits, reorder, start, config, max_length, progress=None):
+def beam_search(next_logits, reorder, start, config, progress=None):
     """The most likely continuations of `start`. One beam is greedy search.
 
     next_logits: function of the newest tokens (B, beams) that returns logits (B, beams, V).
     reorder: function that tells the cache which beam each beam continues, (B, beams).
     start: the first token of each text, (B,).
-    config: the settings of generation; see BarthezConfig.
+    config: the settings of generation; see BarthezConfig. max_length must be set.
     progress: called before each step as progress(tokens written, max_length).
     Returns ids (B * num_return_sequences, L) with L <= max_length: the best text of each document
     first, padded with pad_token_id.
     """
-    B, beams = len(start), config.num_beams
+    B, beams, max_length = len(start), config.num_beams, config.max_length
     tokens = start[:, None, None].expand(B, beams, 1)  # (B, beams, L)
     # All beams begin with the same token. Only the first may continue, otherwise all stay the same.
     scores = torch.full((B, beams), -1e9, device=start.device)
     scores[:, 0] = 0
-    hypotheses = [Hypotheses(config, max_length) for _ in range(B)]
+    hypotheses = [Hypotheses(config) for _ in range(B)]
 
     while tokens.shape[2] < max_length and not all(h.done for h in hypotheses):
         if progress:
@@ -37,7 +37,7 @@ def beam_search(next_logits, reorder, start, config, max_length, progress=None):
 
         # Score every token that could come next.
         log_probs = next_logits(tokens[:, :, -1]).float().log_softmax(-1)  # (B, beams, V)
-        log_probs = forbid(log_probs, tokens, config, max_length)
+        log_probs = forbid(log_probs, tokens, config)
         totals = scores[..., None] + log_probs  # (B, beams, V)
 
         # Choose candidates: twice the beams, so that enough remain if every beam may end.
@@ -65,7 +65,7 @@ def beam_search(next_logits, reorder, start, config, max_length, progress=None):
     return ids[:, :max_length]
 
 
-def forbid(log_probs, tokens, config, max_length):
+def forbid(log_probs, tokens, config):
     """Set log_probs (B, beams, V) to -inf where a token may not follow tokens (B, beams, L)."""
     n, L = config.no_repeat_ngram_size, tokens.shape[2]
     if 0 < n <= L:
@@ -76,7 +76,7 @@ def forbid(log_probs, tokens, config, max_length):
         log_probs[batch, beam, ngrams[batch, beam, position, -1]] = -math.inf
     if L < config.min_length:
         log_probs[..., config.eos_token_id] = -math.inf
-    if L == max_length - 1 and config.forced_eos_token_id is not None:
+    if L == config.max_length - 1 and config.forced_eos_token_id is not None:
         log_probs = torch.full_like(log_probs, -math.inf)
         log_probs[..., config.forced_eos_token_id] = 0
     return log_probs
@@ -85,8 +85,8 @@ def forbid(log_probs, tokens, config, max_length):
 class Hypotheses:
     """The finished texts of one document. Keeps the num_beams best."""
 
-    def __init__(self, config, max_length):
-        self.config, self.max_length = config, max_length
+    def __init__(self, config):
+        self.config = config
         self.kept = []  # (score, ids) in the order of arrival
         self.done = False
 
@@ -125,7 +125,7 @@ class Hypotheses:
         if config.num_beams == 1 or config.early_stopping is True:
             return True
         if config.early_stopping == "never" and config.length_penalty > 0:
-            length = self.max_length - 1  # a longer text could still score higher
+            length = config.max_length - 1  # a longer text could still score higher
         worst = min(score for score, _ in self.kept)
         return worst >= best_log_prob / length ** config.length_penalty
 
@@ -149,10 +149,10 @@ class Cache:
     changes when beams split or die.
     """
 
-    def __init__(self, config, batch_size, max_length, like):
+    def __init__(self, config, batch_size, like):
         """like: a tensor of the data type and device that the cache shall have."""
         beams, heads = config.num_beams, config.decoder_attention_heads
-        shape = batch_size, heads, max_length * beams, config.d_model // heads
+        shape = batch_size, heads, config.max_length * beams, config.d_model // heads
         self.layers = [LayerCache(like.new_empty(shape), like.new_empty(shape))
                        for _ in range(config.decoder_layers)]
         self.position = -1  # of the newest token

@@ -10,7 +10,6 @@ lsg-converter 0.1.9, conversion_utils.py and mbart/convert_mbart_checkpoint.py.
 import argparse
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -58,7 +57,7 @@ ARCHITECTURE_NAMES = {  # ends of the published class names: the name of the aut
     "Model": "AutoModel", "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering", "ForCausalLM": "AutoModelForCausalLM"}
-CONVERSIONS = {  # safetensors that were proposed to a model whose main branch has none
+CONVERSIONS = {  # where safetensors were proposed to a model whose main branch has none
     "moussaKam/barthez": "42bea5aeff64b65241007086b895e6fd17ab6204",
     "moussaKam/barthez-orangesum-abstract": "d297ebaa84d61a069a0cd6922271c4a47ba2554e",
     "moussaKam/barthez-sentiment-classification": "refs/pr/1",
@@ -76,7 +75,7 @@ def read_checkpoint(source, revision=None):
     """The config (dict), the tensors {name: tensor} and the tokenizer of a checkpoint.
 
     source: a folder, a model's id on the Hub, or "tiny" for the bundled model.
-    Tensors have the names of a model with a head. Tied matrices are one tensor under all names.
+    Names begin with "model.", except those of heads. Tied matrices are one tensor under all names.
     Raises ValueError or OSError; the message says what is wrong and what to do.
     """
     files = find_files(source, revision)
@@ -114,7 +113,9 @@ def in_folder(folder, filename, _=None):
 def collect(get, source, revision=None):
     """The files of a checkpoint. `get(source, file name, revision)` returns the path of one."""
     config = get(source, "config.json", revision or "main")
-    commit = config.parent.name  # of all files, even if the branch moves meanwhile
+    # In the cache, the folder is named after the commit. All files come from it, even if the branch
+    # moves meanwhile. A folder of the user has no revisions.
+    commit = config.parent.name
     tokenizer = get(source, "sentencepiece.bpe.model", commit)
     files = {"config.json": config, "sentencepiece.bpe.model": tokenizer}
     with suppress(FileNotFoundError):  # few models have one
@@ -122,8 +123,8 @@ def collect(get, source, revision=None):
     places = [("model.safetensors", commit), ("pytorch_model.bin", commit)]
     if revision is None and source in CONVERSIONS:
         places.insert(1, ("model.safetensors", CONVERSIONS[source]))
-    for name, place in places:
-        with suppress(FileNotFoundError):  # even a conversion's revision may go
+    for name, place in places:  # the first that exists
+        with suppress(FileNotFoundError):
             return files | {"weights": get(source, name, place)}
     raise FileNotFoundError(
         f"{source} lacks weights: it has no model.safetensors and no pytorch_model.bin. Join "
@@ -149,6 +150,7 @@ def read_tensors(path):
         for name, tensor in tensors.items():
             if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)):
                 raise ValueError("it holds other things than tensors with names")
+            # PyTorch can hardly compute with these types.
             if "float8" in str(tensor.dtype) or "float4" in str(tensor.dtype):
                 raise ValueError(f"{name} is {tensor.dtype}")
         return tensors
@@ -165,13 +167,12 @@ def read_tensors(path):
 def read_pickled(path):
     """The contents of pytorch_model.bin. Refuses a pickle that names more than dense tensors.
 
-    torch.load would run whatever its pickle names. Even with weights_only, some of that crashes it.
+    torch.load would run what the pickle names. Even with weights_only, some pickles crash it.
     """
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"  # files of torch before 1.6 are not
         if is_zip:
-            record = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")
-            pickles = [io.BytesIO(record)]
+            pickles = [torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")]
         else:
             file.seek(0)
             pickles = [file] * 5  # magic number, version, system, tensors, keys
@@ -192,11 +193,11 @@ def replace_it(path):
 
 
 def rename(tensors, tied):
-    """Names as in a model with a head, and one tensor for the embedding under all of its names.
+    """Names that begin with "model.", and one tensor for the embedding under all of its names.
 
     tied: whether the output projection, lm_head, is the embedding too.
     """
-    if not any(name.startswith("model.") for name in tensors):  # saved without a head
+    if not any(name.startswith("model.") for name in tensors):  # saved from a model without a head
         tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
     tensors = {name: x for name, x in tensors.items() if not UNUSED.fullmatch(name)}
     names = EMBEDDINGS if tied else EMBEDDINGS[:3]
@@ -205,7 +206,8 @@ def rename(tensors, tied):
         raise ValueError(f"tied matrices differ: {', '.join(names)}. Remove the wrong ones"
                          + (", or set tie_word_embeddings to false" if tied else ""))
     if copies:
-        tensors |= dict.fromkeys(names, copies[0])
+        embedding = dict.fromkeys(names, copies[0])
+        tensors = embedding | tensors | embedding  # model.shared.weight is the first name
     return tensors
 
 
@@ -220,7 +222,7 @@ def convert_to_lsg(config, tensors, tokenizer, max_position_embeddings=4096, *, 
     A new global token is a position of the encoder plus the embedding of <s> (for the first) or of
     <mask> (for the others).
     stride: how many positions lie between consecutive global tokens.
-    random_global_init: draw them from the distribution of the token embeddings, not from <mask>.
+    random_global_init: instead of <mask>, draw from the distribution of the token embeddings.
     keep_first_global, resize_lsg: keep the first, or all, of an LSG model's global tokens.
     """
     check_tables(config, tensors, EMBEDDING, POSITIONS[0])
@@ -228,8 +230,8 @@ def convert_to_lsg(config, tensors, tokenizer, max_position_embeddings=4096, *, 
         embedding = tensors[EMBEDDING]
         words = embedding[tokenizer.mask_token_id].repeat(NUM_GLOBALS, 1)
         if random_global_init:
-            distribution = torch.distributions.MultivariateNormal(
-                embedding.mean(0), torch.cov(embedding.T))
+            words = embedding.float()
+            distribution = torch.distributions.MultivariateNormal(words.mean(0), torch.cov(words.T))
             words = distribution.sample((NUM_GLOBALS,))
         words[0] = embedding[tokenizer.bos_token_id]
         global_tokens = spread_positions(tensors[POSITIONS[0]][2:], stride) + words
@@ -286,7 +288,7 @@ def check_tables(config, tensors, *names):
 
 
 def published_config(config, architecture, lsg, dtype):
-    """The config with the keys by which the original's code knows the model."""
+    """The config with the keys by which the code of the published LSG-BARThez knows the model."""
     decoder_only = architecture == "ForCausalLM"
     config = config | {
         "architectures": [("LSG" if lsg else "") + "MBart" + architecture], "model_type": "mbart",
@@ -342,8 +344,8 @@ def write_checkpoint(folder, config, tensors, tokenizer):
 
 
 def separate(tensors, dtype, tied):
-    """Contiguous tensors of one type that share no memory, as safetensors needs them. Of tied
-    embeddings, the first is kept."""
+    """Contiguous tensors of one type that share no memory, as safetensors needs them. Of several
+    names of the embedding, the first is kept."""
     embeddings = EMBEDDINGS if tied else EMBEDDINGS[:3]
     separated, seen = {}, set()
     for name, tensor in tensors.items():
@@ -476,6 +478,12 @@ def main():
     if not arguments.output:
         raise ValueError("--output is empty: name a folder")
 
+    settings = parse_settings(arguments.set)
+    for key, value in settings.items():
+        if key not in LSG_KEYS:
+            raise ValueError(f"--set {key}: choose among {', '.join(LSG_KEYS)}")
+        if isinstance(LSG_KEYS[key], bool) and not isinstance(value, bool):
+            raise ValueError(f"--set {key}={value}: expected true or false")
     torch.manual_seed(arguments.seed % 2**63)  # torch takes no larger one
     config, tensors, tokenizer = read_checkpoint(arguments.source, arguments.revision)
     architecture = architecture_name(arguments.architecture or config.get("architectures"))
@@ -486,12 +494,6 @@ def main():
         config, tensors, tokenizer, arguments.max_position_embeddings,
         stride=arguments.global_positional_stride, random_global_init=arguments.random_global_init,
         keep_first_global=arguments.keep_first_global, resize_lsg=arguments.resize_lsg)
-    settings = parse_settings(arguments.set)
-    for key, value in settings.items():
-        if key not in LSG_KEYS:
-            raise ValueError(f"--set {key}: choose among {', '.join(LSG_KEYS)}")
-        if isinstance(LSG_KEYS[key], bool) and not isinstance(value, bool):
-            raise ValueError(f"--set {key}={value}: expected true or false")
     config = LSG_KEYS | config | settings
     if config["num_global_tokens"] not in range(1, NUM_GLOBALS + 1):
         raise ValueError(f"num_global_tokens={config['num_global_tokens']}: choose 1 to "
@@ -504,7 +506,7 @@ def main():
 # ------------------------------------------------------------------------------------------------
 # A model on the Hub, and in the cache that the Hub's clients share
 
-COMMIT = re.compile("([0-9a-f]{40})")
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class NoNetwork(ConnectionError):
@@ -582,7 +584,7 @@ def is_on(variable):
 
 ETAG = re.compile('(?:W/)?"?([0-9a-f]{40}|[0-9a-f]{64})"?')  # git's blob sha1, or sha256
 LARGE = 10_000_000  # bytes from which a download shows its progress
-FAMILIES = {}  # host -> the address to bind to, of the address family that reaches the host
+FAMILIES = {}  # host -> (own address, port 0) to bind to, of the family that reaches the host
 
 
 class Retry(Exception):
@@ -610,12 +612,12 @@ def download(repo_id, filename, revision="main", tries=5):
             if not FAMILIES:  # no host was ever reached
                 raise NoNetwork(f"{fault}: check the network and any proxy.") from None
         except OSError as error:
-            if error.errno is None:  # our own, with a message
+            if error.errno is None:  # not of the disk, but one of ours, with a message
                 raise
             raise OSError(f"Cannot write {what} to {folder.parent}: {error.strerror}. Free some "
                           "space, or set HF_HUB_CACHE to another folder.") from error
         failures = 0 if fault.gained else failures + 1
-        pause = max(fault.pause, 2 ** failures // 2, 1)  # 1, 2, 4, 8
+        pause = max(fault.pause, (2 ** failures) // 2, 1)  # 1, 2, 4, 8
         if failures >= tries or pause > 310:  # the Hub counts requests in windows of 300 s
             raise ConnectionError(f"{fault}. Try again later: a partial download is continued.")
         notice(f"{fault}: next attempt in {pause} s.")
@@ -632,7 +634,8 @@ def download_once(repo_id, filename, revision, what):
             raise refusal(answer, page, what)
         commit = commit or COMMIT.fullmatch(answer.headers.get("X-Repo-Commit", ""))
         etag = etag or ETAG.fullmatch(answer.headers.get("X-Linked-ETag", ""))
-        if answer.status == 200 and "X-Repo-Commit" in answer.headers:  # not the storage's etag
+        if answer.status == 200 and "X-Repo-Commit" in answer.headers:
+            # Another host's etag would be no checksum.
             etag = etag or ETAG.fullmatch(answer.headers.get("ETag", ""))
         if commit and etag:
             break
@@ -646,18 +649,18 @@ def download_once(repo_id, filename, revision, what):
         with locked(lock):
             if not blob.is_file():  # another process may have brought it
                 download_blob(url, blob, what)
-    return link(blob, folder, commit[1], filename, revision)
+    return link(blob, folder, commit[0], filename, revision)
 
 
 def download_blob(url, blob, what):
     """Download what an earlier attempt left to do of `blob`, and verify its checksum."""
     partial = blob.with_name(f"{blob.name}.incomplete")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    start = partial.stat().st_size if partial.is_file() else 0
-    for answer, _ in follow_redirects(url, start):
+    size = partial.stat().st_size if partial.is_file() else 0
+    for answer, _ in follow_redirects(url, size):
         if answer.status in (200, 206):
-            write_body(answer, partial, start if answer.status == 206 else 0, what)
-        elif answer.status >= 400 and answer.status != 416:  # which says that nothing is left
+            write_body(answer, partial, size, what)
+        elif answer.status != 416 and "Location" not in answer.headers:  # 416: nothing is left
             raise busy(answer, what)  # the addresses of the storage expire
     digest = hashlib.sha256()
     if len(blob.name) == 40:
@@ -667,41 +670,45 @@ def download_blob(url, blob, what):
             digest.update(block)
     if digest.hexdigest() != blob.name:
         partial.unlink()
-        if start:
+        if size:
             raise Retry(f"The parts of {what} do not fit together")
         raise ConnectionError(f"{what} arrived damaged and was deleted: try again without proxies.")
     os.replace(partial, blob)
 
 
-def write_body(answer, partial, start, what):
-    """Write the answer to `partial` from `start` on. Large files show their progress."""
+def write_body(answer, partial, size, what):
+    """Append the answer to the `size` bytes of `partial`, or replace them if it is the whole file.
+
+    Large files show their progress.
+    """
+    start = size if answer.status == 206 else 0
     total = start + int(answer.headers.get("Content-Length") or 0)
     large = total >= LARGE
     if large:
         notice(f"Downloading {what}, {total / 1e6:,.0f} MB, to {partial.parent}")
     shows = large and sys.stderr.isatty() and not is_on("HF_HUB_DISABLE_PROGRESS_BARS")
     begun = shown = time.monotonic()
-    done, block = start, b"first"
+    done, ended = start, False
     with open(partial, "ab" if start else "wb") as file:
-        while block:
+        while not ended:
             try:
                 block = answer.read1(1 << 18)
             except (OSError, HTTPException):  # of the network; `write` raises those of the disk
-                raise Retry(f"The connection broke at {done:,} bytes",
-                            gained=done > start) from None
+                break
+            ended = not block
             done += file.write(block)
             now = time.monotonic()
-            if shows and (now > shown + 0.2 or not block):
+            if shows and (now > shown + 0.2 or ended):
                 shown, rate = now, (done - start + 1) / max(now - begun, 0.01)
                 left = time.strftime("%H:%M:%S", time.gmtime((total - done) / rate))
                 notice(f"\r{done / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, {left} left ",
-                       end="" if block else "\n")
-    if done < total:
-        raise Retry(f"The connection broke at {done:,} of {total:,} bytes", gained=done > start)
+                       end="\n" if ended else "")
+    if not ended or done < total:
+        raise Retry(f"The connection broke at {done:,} bytes", gained=done > size)
 
 
 def follow_redirects(url, start=0):
-    """Yield the answer to a GET of the bytes from `start` on, and where it leads, for each hop."""
+    """GET the bytes from `start` on. Yields each answer, and the address that it leads to."""
     for _ in range(10):
         with request(url, start) as answer:
             url = urljoin(url, answer.headers.get("Location", ""))
@@ -716,9 +723,10 @@ def request(url, start):
     if start:
         headers["Range"] = f"bytes={start}-"
     if urlsplit(url)[:2] == urlsplit(endpoint())[:2]:
-        token, file = os.environ.get("HF_TOKEN"), hf_path("HF_TOKEN_PATH", "token")
-        if not token and file.is_file():
-            token = file.read_text(errors="replace")
+        token = os.environ.get("HF_TOKEN")
+        if not token:
+            with suppress(OSError):
+                token = hf_path("HF_TOKEN_PATH", "token").read_text(errors="replace")
         if token:
             headers["Authorization"] = f"Bearer {''.join(token.split())}"
     opener = OpenerDirector()
@@ -741,7 +749,7 @@ class OneFamily(HTTPHandler, HTTPSHandler):
     def do_open(self, connection, request, **options):
         host = request.host
         if host not in FAMILIES:
-            FAMILIES[host] = own_address(host, connection.default_port), 0
+            FAMILIES[host] = (own_address(host, connection.default_port), 0)
         return super().do_open(connection, request, source_address=FAMILIES[host], **options)
 
 

@@ -1,8 +1,8 @@
-"""LSG attention: every query sees Local, Sparse and Global keys, at a cost linear in the length.
+"""LSG attention: each token sees Local, Sparse and Global keys, at a cost linear in the length.
 
 Paper: C. Condevaux and S. Harispe, "LSG Attention: Extrapolation of pretrained Transformers to long
-sequences" (2022), arXiv:2210.15497. Official code: lsg-converter 0.1.9,
-lsg_converter/mbart/modeling_lsg_mbart.py. This file needs torch 2.6 or later alone: copy it (MIT).
+sequences" (2022), arXiv:2210.15497. The original code: lsg-converter 0.1.9,
+lsg_converter/mbart/modeling_lsg_mbart.py. This file needs only torch, 2.6 or later: copy it (MIT).
 
 The first num_global_tokens tokens of a sequence are global; the text follows. The text is cut into
 blocks of block_size tokens, and all queries of a block see the same keys:
@@ -10,20 +10,21 @@ blocks of block_size tokens, and all queries of a block see the same keys:
     global  the global tokens
     local   the block and its two neighbors
     sparse  beyond these, a subsample of the text that has one key per sparsity_factor tokens:
-            sparse_block_size of these keys on either side
+            the nearest sparse_block_size of these keys on either side
 
-With block_size=4, sparsity_factor=2 and sparse_block_size=2, the four queries of block 3 see:
+With block_size=4, sparsity_factor=2, sparse_block_size=2 and sparsity_type="stride", the four
+queries of block 3 see the keys marked g, l and s:
 
             global  block 0  block 1  block 2  block 3  block 4  block 5  block 6
                g    . . . .  s . s .  l l l l  l l l l  l l l l  s . s .  . . . .
 
-A query sees at most num_global_tokens + 3 * block_size + 2 * sparse_block_size keys, however long
-the text is. Global queries see every token. `key_table` decides which keys a block sees, and the
-functions under *Sparse keys* make the subsample.
+They are at most num_global_tokens + 3 * block_size + 2 * sparse_block_size, however long the text
+is. Global queries see every token. `key_table` decides which keys a block sees, and the functions
+under *Sparse keys* make the subsample.
 
 Letters used for shapes:
     B batch    H heads    D head dimension    T tokens, of which the first G are global
-    N blocks   K keys seen by a block         M sparse keys, about text length / sparsity_factor
+    N blocks   K keys seen by a block         M sparse keys, N * block_size / sparsity_factor
     J keys to choose from: G globals, N * block_size tokens of text, M sparse keys
 """
 
@@ -40,9 +41,10 @@ SPARSITY_TYPES = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooli
 def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, sparse_block_size=128,
                   sparsity_factor=2, sparsity_type="norm", num_global_tokens=1,
                   lsh_num_pre_rounds=1, adaptive=True, dropout_p=0.0):
-    """Bidirectional self-attention. A text of at most 2 * block_size tokens gets full attention.
+    """Bidirectional self-attention. A text of at most 2 * block_size tokens gets full attention,
+    since all of its blocks are neighbors.
 
-    query, key, value: (B, H, T, D), the global tokens first.
+    query, key, value: (B, H, T, D), the global tokens first. Scores are divided by √D.
     attention_mask: (B, T), True or 1 where a key may be seen, globals included. A query that sees
         no key returns 0. Outputs at padding are not zeroed.
     block_size, sparse_block_size, sparsity_factor, num_global_tokens: see the top of this file.
@@ -59,7 +61,7 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
     """
     check_options(block_size, sparse_block_size, sparsity_factor, sparsity_type,
                   num_global_tokens, lsh_num_pre_rounds)
-    B, H, T, D = query.shape
+    B, H, T, _ = query.shape
     G, text_length = num_global_tokens, T - num_global_tokens
     if text_length < 0:
         raise ValueError(f"{num_global_tokens=}, but the sequence has only {T} tokens")
@@ -104,7 +106,7 @@ def key_table(num_blocks, num_global_tokens, block_size, sparse_per_block, spars
     """Which keys each block of queries sees: (N, K) indices into globals, text and sparse keys.
 
     sparse_per_block: how many sparse keys are made from each block; 0 if there are none.
-    -1 marks positions outside the text. For example, blocks of two and one global token:
+    -1 marks a key that does not exist. For example, blocks of two tokens and one global token:
 
     >>> key_table(3, 1, block_size=2, sparse_per_block=0, sparse_block_size=0)
     tensor([[ 0, -1, -1,  1,  2,  3,  4],
@@ -115,13 +117,13 @@ def key_table(num_blocks, num_global_tokens, block_size, sparse_per_block, spars
     num_text, num_sparse = num_blocks * block_size, num_blocks * sparse_per_block
 
     def window(first, size, length, offset):
-        """Indices first, first + 1, … (first: (N, 1)) in the `length` keys from `offset` on."""
+        """`size` keys from number `first` (N, 1) on, among the `length` keys from `offset` on."""
         position = first + torch.arange(size, device=device)  # (N, size)
         return torch.where((0 <= position) & (position < length), offset + position, -1)
 
-    globals_ = window(0 * block, num_global_tokens, num_global_tokens, 0)  # alike for all blocks
+    globals_ = torch.arange(num_global_tokens, device=device).expand(num_blocks, -1)
     local = window((block - 1) * block_size, 3 * block_size, num_text, num_global_tokens)
-    size = min(sparse_block_size, num_sparse)
+    size = min(sparse_block_size, num_sparse)  # 0 if there are no sparse keys
     offset = num_global_tokens + num_text
     before = window((block - 1) * sparse_per_block - size, size, num_sparse, offset)
     after = window((block + 2) * sparse_per_block, size, num_sparse, offset)
@@ -153,6 +155,7 @@ def full_attention(query, key, value, visible=None, dropout_p=0.0):
 def boolean_mask(mask):
     """The mask as booleans. Raises ValueError for a float mask in which 0 means visible."""
     if mask.is_floating_point() and not (((mask == 0) | (mask == 1)).all() and mask.any()):
+        # A mask of zeros alone is probably an additive one.
         raise ValueError("attention_mask must be True or 1 where a key may be seen, False or 0 "
                          "elsewhere (for an additive mask: pass mask == 0)")
     return mask.bool()
@@ -165,8 +168,10 @@ def boolean_mask(mask):
 #     stride         every sparsity_factor-th key; each head starts one token later
 #     block_stride   a run of keys in each block; each head takes the next run
 #     pooling        the mean of every sparsity_factor neighbors
-#     bos_pooling    the same, weighted by the attention of the first token
+#     bos_pooling    the same, weighted by the attention of the text's first token
 #     lsh            in each chunk of tokens, the means of the keys in the same bucket of a hash
+#
+# A chunk of min(block_size, sparse_block_size) tokens makes chunk_size / sparsity_factor keys.
 
 
 def uses_sparse_keys(sparse_block_size, sparsity_factor, sparsity_type):
@@ -183,7 +188,7 @@ def sparse_keys(first_query, key, value, visible, block_size, sparse_block_size,
     chunk_size = min(block_size, sparse_block_size)
     if sparsity_factor == 1:
         return key, value, visible
-    if sparsity_type == "lsh" and chunk_size > sparsity_factor:
+    if sparsity_type == "lsh" and chunk_size > sparsity_factor:  # more than one bucket
         return lsh(key, value, visible, chunk_size, sparsity_factor, lsh_num_pre_rounds)
 
     # Select keys.
@@ -198,11 +203,10 @@ def sparse_keys(first_query, key, value, visible, block_size, sparse_block_size,
         return key, value, visible.gather(2, index)
 
     # Average neighbors.
-    groups = -1, sparsity_factor
-    key, value, visible = (x.unflatten(2, groups) for x in (key, value, visible))
+    key, value, visible = (x.unflatten(2, (-1, sparsity_factor)) for x in (key, value, visible))
     if sparsity_type == "pooling":
         weight = (visible / (visible.sum(-1, keepdim=True) + 1e-6)).to(key.dtype)
-    else:  # bos_pooling, or lsh with a single bucket per chunk, as in the original
+    else:  # bos_pooling; also lsh with a single bucket per chunk, as in the original
         weight = bos_weight(first_query, key, visible)
     weight = weight[..., None]  # (B, H, M, factor, 1)
     return (weight * key).sum(3), (weight * value).sum(3), visible.any(3)
@@ -210,9 +214,10 @@ def sparse_keys(first_query, key, value, visible, block_size, sparse_block_size,
 
 def norm(key, visible, chunk_size, factor):
     """In each chunk, the indices (B, H, M) of the chunk_size / factor keys of largest norm."""
-    size = key.detach().norm(dim=-1).masked_fill(~visible, -1)  # (B, H, length)
+    size = key.norm(dim=-1).masked_fill(~visible, -1)  # (B, H, length)
     largest = size.unflatten(2, (-1, chunk_size)).topk(chunk_size // factor).indices
-    largest = largest.flip(-1)  # the original's order; it matters if a window ends inside a chunk
+    # The original's order, which decides what is seen of a chunk if sparse_block_size cuts it.
+    largest = largest.flip(-1)
     first = torch.arange(0, key.shape[2], chunk_size, device=key.device)[:, None]
     return (first + largest).flatten(2)
 
@@ -234,7 +239,7 @@ def block_stride(key, block_size, factor):
 
 
 def bos_weight(first_query, key, visible):
-    """The attention weights (B, H, M, factor) of the first token, within each group of keys."""
+    """The attention weights (B, H, M, factor) of the text's first token within each group."""
     score = torch.einsum("bhd,bhmfd->bhmf", first_query, key) / math.sqrt(key.shape[-1])
     return score.masked_fill(~visible, torch.finfo(score.dtype).min).softmax(-1)
 
@@ -247,10 +252,11 @@ def lsh(key, value, visible, chunk_size, factor, pre_rounds):
     """
     precise = torch.promote_types(key.dtype, torch.float32)
     count = visible[..., None].to(precise)  # (B, H, length, 1): tokens in each sum, at first 0 or 1
-    sums = [(x * count).unflatten(2, (-1, chunk_size)) for x in (key, value, count)]
+    sums = key * count, value * count, count
+    sums = [x.unflatten(2, (-1, chunk_size)) for x in sums]
     for num_buckets in [chunk_size] * pre_rounds + [chunk_size // factor]:
         sums = lsh_round(*sums, num_buckets)
-    # Under autocast the sums are in half precision, in which 1e-8 is 0.
+    # Under autocast the sums may be in half precision, in which 1e-8 is 0.
     key_sum, value_sum, count = (x.flatten(2, 3).to(precise) for x in sums)
     mean_key, mean_value = key_sum / (count + 1e-8), value_sum / (count + 1e-8)
     return mean_key.to(key.dtype), mean_value.to(key.dtype), count[..., 0] > 0
@@ -297,8 +303,8 @@ def check_options(block_size, sparse_block_size, sparsity_factor, sparsity_type,
 
 
 # ------------------------------------------------------------------------------------------------
-# Speed. Delete the rest of this file, and the results stay the same, but for rounding and the draws
-# of dropout. It replaces attend_blocks and full_attention by equal functions.
+# Speed. From here on, attend_blocks and full_attention are replaced by faster functions. Delete the
+# rest of the file, and the results are the same, but for rounding and the draws of dropout.
 
 
 def heads_in_pieces(attend):
@@ -308,9 +314,9 @@ def heads_in_pieces(attend):
     def attend_in_pieces(query, key, value, visible, table, dropout_p=0.0):
         B, H, _, _ = query.shape
         num_heads = max(1, 20_000 // table.numel()) if query.is_cpu else B * H
-        call = partial(checkpoint, attend, use_reentrant=False)
-        if not torch.is_grad_enabled():
-            call = attend
+        call = attend
+        if torch.is_grad_enabled():
+            call = partial(checkpoint, attend, use_reentrant=False)
         tensors = query, key, value, visible.expand(-1, H, -1)
         pieces = zip(*(x.flatten(0, 1).split(num_heads) for x in tensors))
         out = torch.cat([call(*piece, table, dropout_p) for piece in pieces])
@@ -325,11 +331,11 @@ def written_out(attention):
     def attention_written_out(query, key, value, visible=None, dropout_p=0.0):
         bf16 = query.dtype == torch.bfloat16
         few_queries = query.shape[-2] <= (256 if bf16 else 8)
-        slow = query.is_cpu and (few_queries or bf16 and torch.is_grad_enabled())
+        slow = query.is_cpu and (few_queries or (bf16 and torch.is_grad_enabled()))
         if visible is None or not slow:
             return attention(query, key, value, visible, dropout_p)
         query = query / math.sqrt(query.shape[-1])
-        # In float32, the product whose first factor has more rows is the faster one.
+        # Except in bfloat16, the product whose first factor has more rows is the faster one.
         scores = query @ key.mT if bf16 else (key @ query.mT).mT  # (…, T, K)
         scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)
         out = F.dropout(scores.softmax(-1), dropout_p) @ value

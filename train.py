@@ -5,8 +5,9 @@
     python train.py --model my-model --evaluate test.jsonl
 
 Pairs are JSON lines: {"document": "…", "summary": "…"}. The saved model is the one with the best
-ROUGE-L on the validation pairs. Run the same command again to resume an interrupted run: the result
-is the same to the last bit. On several GPUs or machines: torchrun --nproc-per-node 8 train.py …
+ROUGE-L on a sample of the validation pairs, or without them the last. Run the same command again to
+resume an interrupted run: on CPUs, the result is the same to the last bit. On several GPUs, or on
+machines that share the folders: torchrun --nproc-per-node 8 train.py …
 """
 
 import argparse
@@ -82,7 +83,7 @@ def encode_pairs(records, tokenizer, options):
 def group_by_length(pairs, batch_tokens, seed=0):
     """Lists of indices of pairs of similar length, in random order.
 
-    With padding, each has at most batch_tokens, unless it is a single longer pair.
+    The number of pairs in a list times the longest is at most batch_tokens, unless it is one pair.
     """
     rng = random.Random(seed)
     lengths = [len(source) + len(target) for source, target in pairs]
@@ -299,7 +300,8 @@ def update(module, optimizer, step, batches, options):
     group["lr"] = options.learning_rate * min(step / warmup, 1 - (step - 1) / options.steps)
     norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
     if not norm.isfinite():
-        raise ValueError(f"step {step}: the gradients are not finite; use a lower --learning-rate")
+        raise ValueError(f"step {step}: the gradients are not finite; use a lower --learning-rate, "
+                         "with --start-over")
     optimizer.step()
     optimizer.zero_grad()
     return mean
@@ -338,7 +340,7 @@ def train(options, checkpoint, loss, tokenizer, pairs, evaluate=None):
     if checkpoint.exists() and not options.start_over:
         progress = load_checkpoint(checkpoint, description, model, optimizer)
         say(f"resuming after step {progress['step']} of {options.steps}")
-    elif RANK == 0:  # before any work, so that a full disk is noticed now
+    elif RANK == 0:  # now, so that a full disk is noticed before training
         save_checkpoint(checkpoint, description, progress, model, optimizer)
     module = distribute(loss)
     done = progress["step"]
@@ -400,7 +402,7 @@ def describe_run(options, model):
     """All that decides the result of a run: options, number of processes, digests of the inputs."""
     run = vars(options) | {"processes": PROCESSES}
     for name in ("output", "start_over", "revision", "gradient_checkpointing"):
-        del run[name]  # these do not
+        del run[name]  # these do not decide it
     for name in ("train", "validation"):
         if run[name]:
             run[name] = hashlib.sha256(Path(run[name]).read_bytes()).hexdigest()[:12]
@@ -471,7 +473,8 @@ def training_parser(description, usage):
         help="override keys of config.json, such as dropout=0.2")
     add("--validation", metavar="FILE", help="JSON lines that decide which model is the best")
     add("--output", metavar="FOLDER", help="where the best model is saved")
-    add("--start-over", action="store_true", help="replace the model and the run in that folder")
+    add("--start-over", action="store_true", help="replace the model and the run in that folder "
+        "(leave it out to resume)")
     add("--steps", type=number(int, 1), default=3000, help="updates of the weights")
     add("--batch-tokens", type=number(int, 1), default=8192, help="per forward pass, padded")
     add("--accumulate", type=number(int, 1, 10_000), default=1, help="forward passes per step")

@@ -392,8 +392,8 @@ def test_a_max_length_beyond_the_positions_is_an_error_at_once():
 def test_the_cache_shows_each_beam_its_own_history(beams, splits):
     """Each key holds the number of its step and beam. Plain lists keep the history of each beam."""
     model = random_model(3, decoder_layers=1)
-    config = replace(model.config, num_beams=beams)
-    cache = Cache(config, 1, len(splits) + 2, like=torch.zeros(1))
+    config = replace(model.config, num_beams=beams, max_length=len(splits) + 2)
+    cache = Cache(config, 1, like=torch.zeros(1))
     histories = [[] for _ in range(beams)]
     for step, split in enumerate(splits + [[0, 0, 0, 0]]):
         visible = cache.next_step()[0, 0]  # (beams, L * beams)
@@ -419,7 +419,7 @@ def test_the_best_hypotheses_are_kept(texts, num_beams, penalty):
     """Of two equal scores, the later one is the better."""
     config = replace(random_model(3).config, num_beams=num_beams, length_penalty=penalty,
                      num_return_sequences=min(2, num_beams))
-    hypotheses, kept = Hypotheses(config, max_length=9), []
+    hypotheses, kept = Hypotheses(config), []
     for name, (log_prob, length) in enumerate(texts):
         hypotheses.add(name, log_prob, length)
         score = log_prob / length ** penalty

@@ -228,8 +228,14 @@ def test_a_network_error_in_the_body_is_retried(hub, monkeypatch, error):
 
 def test_a_download_that_brings_nothing_is_given_up(hub, tmp_path):
     hub.faults["cdn"] = [{"drop": 1000}] + [{"drop": 0}] * 5  # a storage that sends 206 and nothing
-    assert "1,000 of 9,287 bytes" in fails(ConnectionError)
+    assert "at 1,000 bytes" in fails(ConnectionError)
     assert download(REPO, BIN).read_bytes() == LARGE and hub.sent == len(LARGE)
+
+
+def test_a_download_that_always_starts_over_is_given_up(hub):
+    hub.faults["cdn"] = [{"whole": True, "drop": 1000}] * 20
+    assert "at 1,000 bytes" in fails(ConnectionError)
+    assert len(hub.at("cdn")) == 6  # the first brought something
 
 
 def test_a_killed_download_is_resumed(hub, tmp_path):
@@ -450,7 +456,7 @@ def test_the_token_is_where_the_settings_say(hub, tmp_path, monkeypatch):
     download(REPO, "config.json")
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "other"))
     download(REPO, "config.json")
-    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path))  # no file
     download(REPO, "config.json")
     tokens = [headers.get("Authorization") for headers in hub.at("resolve")]
     assert tokens == ["Bearer hf_home", "Bearer hf_pathX-Other:1", None]

@@ -132,6 +132,12 @@ def test_overrides_are_config_keys():
     assert model.model.encoder.layers[1].self_attn.dropout == 0.25
 
 
+def test_an_override_wins_over_both_names_of_a_key(folder):
+    change_config(folder, attention_probs_dropout_prob=0.5)
+    assert load(folder).config.attention_dropout == 0.5
+    assert load(folder, attention_dropout=0.25).config.attention_dropout == 0.25
+
+
 def test_an_override_that_does_not_exist_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="sparsity_typ"):
         load(PLAIN, sparsity_typ="pooling")
@@ -639,6 +645,17 @@ def test_tensors_that_share_memory_are_all_saved(folder):
     for name in names:
         assert torch.equal(again.get_parameter(name), bias)
     assert torch.equal(logits_of(again), logits_of(model))
+
+
+@pytest.mark.parametrize("names", VARIANTS.values(), ids=VARIANTS)
+def test_of_tied_weights_the_shared_embedding_is_saved(folder, names, monkeypatch):
+    tensors = {name: tensor for name, tensor in TENSORS.items() if name != SHARED}
+    tensors |= {name: TENSORS[SHARED].clone() for name in names}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(sys, "argv", ["", str(folder), "--output", str(folder / "lsg")])
+    load_weights.main()
+    saved = load_file(folder / "lsg" / "model.safetensors")
+    assert [name for name in NAMES if name in saved] == [SHARED]
 
 
 def test_an_untied_projection_that_shares_memory_is_saved(folder, monkeypatch):
