@@ -199,8 +199,9 @@ def sparse_keys(first_query, key, value, visible, block_size, sparse_block_size,
             index = stride(key, sparsity_factor)
         else:
             index = block_stride(key, block_size, sparsity_factor)
-        key, value = (x.take_along_dim(index[..., None], dim=2) for x in (key, value))
-        return key, value, visible.gather(2, index)
+        batch = torch.arange(len(key), device=key.device)[:, None, None]
+        head = torch.arange(key.shape[1], device=key.device)[:, None]
+        return key[batch, head, index], value[batch, head, index], visible[batch, head, index]
 
     # Average neighbors.
     key, value, visible = (x.unflatten(2, (-1, sparsity_factor)) for x in (key, value, visible))
