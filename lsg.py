@@ -13,7 +13,7 @@ blocks of block_size tokens, and all queries of a block see the same keys:
             the nearest sparse_block_size of these keys on either side
 
 With block_size=4, sparsity_factor=2, sparse_block_size=2 and sparsity_type="stride", the four
-queries of block 3 see the keys marked g, l and s:
+queries of block 3 see, in the first head, the keys marked g, l and s:
 
             global  block 0  block 1  block 2  block 3  block 4  block 5  block 6
                g    . . . .  s . s .  l l l l  l l l l  l l l l  s . s .  . . . .

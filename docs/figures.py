@@ -146,7 +146,8 @@ def plots(measured):
         seconds.setdefault(row["contender"], {})[row["length"]] = row["seconds"]
         gigabytes.setdefault(row["contender"], {})[row["length"]] = row["memory"] / 1e9
     return {"time.svg": draw_plot("Time of the encoder", "seconds", caption, seconds),
-            "memory.svg": draw_plot("Peak memory of the encoder", "GB", caption, gigabytes)}
+            "memory.svg": draw_plot("Peak memory of the encoder", "GB above the loaded model",
+                                    caption, gigabytes)}
 
 
 def draw_plot(title, unit, caption, lines):
