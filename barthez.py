@@ -491,26 +491,10 @@ class BarthezForConditionalGeneration(nn.Module):
         Returns ids (B * num_return_sequences, L), the best text of each document first. Each begins
         with the start token; pad_token_id follows </s>. Dropout is off.
         """
-        known = TOKEN_IDS + BEAM_SETTINGS
-        unknown = settings.keys() - set(known)
-        if unknown:
-            raise ValueError(f"generate has no setting {', '.join(sorted(unknown))}: choose among "
-                             f"{', '.join(known)}")
-        config = replace(self.config, **settings)  # checks the values
-        if config.max_length is None:
-            config = replace(config, max_length=20)
-        max_length, positions = config.max_length, config.max_position_embeddings
-        if max_length - 1 > positions:  # the last token is not read again
-            raise ValueError(f"{max_length=}, but the decoder has {positions} positions: choose at "
-                             f"most {positions + 1}")
-        if config.min_length > max_length:
-            raise ValueError(f"min_length={config.min_length} is above {max_length=}")
-        start_id = config.decoder_start_token_id
-        if start_id is None:
-            start_id = config.bos_token_id
+        config = generation_config(self.config, settings)
         if attention_mask is None:
             attention_mask = input_ids != config.pad_token_id
-
+        start = input_ids.new_full((len(input_ids),), config.decoder_start_token_id)
         with evaluation_mode(self):
             encoder_states, cross_visible = self.model.encoder(input_ids, attention_mask)
             cross_kv = self.model.decoder.cross_kv(encoder_states)
@@ -520,8 +504,28 @@ class BarthezForConditionalGeneration(nn.Module):
                 states = self.model.decoder(tokens, cross_kv, cross_visible, cache=cache)
                 return self.logits(states)
 
-            start = input_ids.new_full((len(input_ids),), start_id)
             return beam_search(next_logits, cache.reorder, start, config, progress)
+
+
+def generation_config(config, settings):
+    """The config for one call of `generate`. Raises ValueError if the settings do not fit."""
+    known = TOKEN_IDS + BEAM_SETTINGS
+    unknown = settings.keys() - set(known)
+    if unknown:
+        raise ValueError(f"generate has no setting {', '.join(sorted(unknown))}: choose among "
+                         f"{', '.join(known)}")
+    config = replace(config, **settings)  # checks the values
+    if config.max_length is None:
+        config = replace(config, max_length=20)
+    if config.decoder_start_token_id is None:
+        config = replace(config, decoder_start_token_id=config.bos_token_id)
+    max_length, positions = config.max_length, config.max_position_embeddings
+    if max_length - 1 > positions:  # the last token is not read again
+        raise ValueError(f"{max_length=}, but the decoder has {positions} positions: choose at "
+                         f"most {positions + 1}")
+    if config.min_length > max_length:
+        raise ValueError(f"min_length={config.min_length} is above {max_length=}")
+    return config
 
 
 @contextmanager
