@@ -51,7 +51,7 @@ TOKEN_IDS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_toke
              "forced_eos_token_id")
 BEAM_SETTINGS = ("num_beams", "num_return_sequences", "max_length", "min_length", "length_penalty",
                  "no_repeat_ngram_size", "early_stopping")
-OTHER_HEADS = "classification_head.", "qa_outputs."  # of models that do not write text
+OTHER_HEADS = ("classification_head.", "qa_outputs.")  # of models that do not write text
 HEADS = ("lm_head.", "final_logits_bias") + OTHER_HEADS
 
 
@@ -85,7 +85,7 @@ class BarthezConfig:
     num_global_tokens: int = 1
     lsh_num_pre_rounds: int = 1
     adaptive: bool = True
-    mask_first_token: bool = False  # mask <s>; the first global token replaces it
+    mask_first_token: bool = False  # hide <s>: the first global token serves instead
     pass_global_tokens_to_decoder: bool = True  # False: drop them after the encoder
     pool_with_global: bool = True  # if they are dropped, the first one replaces <s>
 
@@ -240,7 +240,7 @@ class Attention(nn.Module):
     def forward(self, x, key, value, visible):
         """x (B, T, E), key and value (B, H, S, D) -> (B, T, E).
 
-        visible: (B, S) if `attend` is lsg_attention, otherwise (B or 1, 1, T or 1, S).
+        visible: (B, S) if `attend` is lsg_attention, otherwise broadcastable to (B, H, T, S).
         """
         query = self.split_heads(self.q_proj(x))  # (B, H, T, D)
         dropout_p = self.dropout if self.training else 0.0
@@ -353,8 +353,8 @@ class Encoder(Stack):
     def forward(self, input_ids, attention_mask=None):
         """input_ids (B, T); attention_mask (B, T), True or 1 except for padding.
 
-        Returns the states (B, S, E) and which of them the decoder may see (B, S). The global tokens
-        come first, unless pass_global_tokens_to_decoder is False.
+        Returns the states (B, S, E) and which of them the decoder may see (B, S). S = G + T, and
+        the global tokens come first. If pass_global_tokens_to_decoder is False, S = T.
         """
         config = self.config
         if attention_mask is None:
@@ -376,7 +376,7 @@ class Encoder(Stack):
         x = self.layer_norm(x)
 
         if config.lsg and not config.pass_global_tokens_to_decoder:
-            # With mask_first_token, the decoder does not see <s>, whose state is useless.
+            # With mask_first_token, the first row is useless, and the decoder does not see it.
             first = 0 if config.pool_with_global or config.mask_first_token else G
             x = torch.cat([x[:, first:first + 1], x[:, G + 1:]], dim=1)  # (B, T, E)
             visible = visible[:, G:]
@@ -666,8 +666,10 @@ def load_model(source, *, revision=None, architecture=None, device=None, dtype=N
         settings = settings | {"num_labels": None, "id2label": None}
     positions = overrides.get("max_position_embeddings")
     try:
+        if positions is not None:
+            check_field("max_position_embeddings", positions, int)
         architecture = architecture_name(architecture or settings.get("architectures"))
-        has_encoder = POSITIONS[0] in tensors
+        has_encoder = POSITIONS[0] in tensors  # a causal model has none
         if lsg and has_encoder and GLOBALS not in tensors:
             settings, tensors = convert_to_lsg(settings, tensors, tokenizer, positions or 4096)
         elif positions is not None:
@@ -699,7 +701,7 @@ def build_model(config, architecture, tensors):
     """The model whose parameters are the given tensors, with the names of read_checkpoint.
 
     Raises ValueError if the tensors do not fit. Warns if the checkpoint lacks the model's head, or
-    has a head that the model does not use.
+    has the head of another task.
     """
     with torch.device("meta"), SkipInit():  # shapes without memory
         model = ARCHITECTURES[architecture](config)
@@ -881,10 +883,11 @@ def summarize_files(arguments, overrides):
     limit = arguments.max_source_length
     if limit is None:
         limit = tokenizer.model_max_length
-    # How many tokens a text has is known only with the model's tokenizer.
+    # Only the model's tokenizer tells how many tokens there are. Then more positions may be needed.
     needed = min(limit, max(len(tokenizer.encode(text)) for _, text in texts))
     if needed > tokenizer.model_max_length:
         overrides = overrides | {"max_position_embeddings": needed}
+        del model
         model, tokenizer = load("summarize", arguments, overrides)
     for name, text in texts:
         print(summarize(model, tokenizer, name, text, limit), flush=True)

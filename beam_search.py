@@ -48,12 +48,12 @@ def beam_search(next_logits, reorder, start, config, progress=None):
         # Finish the hypotheses that end, and continue with the best others.
         beam_lists, token_lists = candidate_beam.tolist(), candidate_token.tolist()
         score_lists = candidate_scores.tolist()
-        kept = [hypotheses[b].update(tokens[b], score_lists[b], beam_lists[b], token_lists[b])
-                for b in range(B)]
-        kept = torch.tensor(kept, device=start.device)  # (B, beams)
-        scores = candidate_scores.gather(1, kept)
-        beam = candidate_beam.gather(1, kept)
-        token = candidate_token.gather(1, kept)
+        continuing = [hypotheses[b].update(tokens[b], score_lists[b], beam_lists[b], token_lists[b])
+                      for b in range(B)]
+        continuing = torch.tensor(continuing, device=start.device)  # (B, beams)
+        scores = candidate_scores.gather(1, continuing)
+        beam = candidate_beam.gather(1, continuing)
+        token = candidate_token.gather(1, continuing)
         reorder(beam)
         tokens = tokens.gather(1, beam[..., None].expand_as(tokens))
         tokens = torch.cat([tokens, token[..., None]], dim=2)
@@ -61,12 +61,11 @@ def beam_search(next_logits, reorder, start, config, progress=None):
     texts = []
     for b, hypothesis in enumerate(hypotheses):
         texts += hypothesis.best(tokens[b], scores[b].tolist())
-    ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=config.pad_token_id)
-    return ids[:, :max_length]
+    return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=config.pad_token_id)
 
 
 def forbid(log_probs, tokens, config):
-    """Set log_probs (B, beams, V) to -inf where a token may not follow tokens (B, beams, L)."""
+    """log_probs (B, beams, V), with -inf where a token may not follow tokens (B, beams, L)."""
     n, L = config.no_repeat_ngram_size, tokens.shape[2]
     if 0 < n <= L:
         ngrams = tokens.unfold(2, n, 1)  # (B, beams, L - n + 1, n)
@@ -93,8 +92,8 @@ class Hypotheses:
     def update(self, tokens, scores, beams, next_tokens):
         """Finish the candidates that end. Returns the indices of the num_beams that continue.
 
-        tokens (beams, L). The others are lists of the 2 * num_beams candidates, best first: their
-        sums of log-probabilities, the beams that they continue, and their new tokens.
+        tokens: (beams, L). scores, beams, next_tokens: lists of the 2 * num_beams candidates, best
+        first: the log-probability of the text, the beam that it continues, and its new token.
         """
         num_beams, L = self.config.num_beams, tokens.shape[1]
         continuing = []
@@ -118,7 +117,7 @@ class Hypotheses:
         self.kept.append((score, ids))
 
     def is_done(self, best_log_prob, length):
-        """Whether no open beam can become better than the worst text that is kept."""
+        """Whether to stop: the open beams are unlikely to beat the worst text that is kept."""
         config = self.config
         if len(self.kept) < config.num_beams:
             return False
@@ -145,8 +144,8 @@ class Cache:
     """The keys and values of the tokens written so far.
 
     The beams of a document form one sequence for the decoder: each step appends one token per beam.
-    Keys are written once and never moved. `ancestors` masks each beam's own history; it is all that
-    changes when beams split or die.
+    Keys are written once and never moved. Only `ancestors` changes when beams split or die:
+    ancestors[b, i, t * beams + j] says whether token j of step t is in the history of beam i.
     """
 
     def __init__(self, config, batch_size, like):

@@ -6,9 +6,9 @@ dropout), slower.
 """
 
 import ctypes
-import time
 from contextlib import suppress
 from functools import cache, wraps
+from timeit import repeat
 
 import torch
 import torch.nn.functional as F
@@ -45,21 +45,14 @@ def linear_as_convolution(x, weight, bias):
 
 
 @cache
-@torch.no_grad()
 def convolution_is_faster():
     """Whether oneDNN is at least a tenth faster than F.linear on this processor, as on many of
     AMD's. Tried once, for 30 ms."""
     if not torch.backends.mkldnn.is_available():
         return False
     x, weight = torch.ones(512, 768), torch.ones(768, 768)
-
-    def seconds(product):
-        start = time.perf_counter()
-        product(x, weight, None)
-        return time.perf_counter() - start
-
-    linear = min(seconds(F.linear) for _ in range(5))
-    convolution = min(seconds(linear_as_convolution) for _ in range(5))
+    linear = min(repeat(lambda: F.linear(x, weight), number=1))
+    convolution = min(repeat(lambda: linear_as_convolution(x, weight, None), number=1))
     return linear > 1.1 * convolution
 
 
@@ -99,4 +92,4 @@ def keep_freed_memory():
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: allocate nothing by mmap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep all that was freed
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep all that was freed

@@ -84,6 +84,7 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
     sparse_per_block = 0
     if uses_sparse_keys(sparse_block_size, sparsity_factor, sparsity_type):
         sparse_per_block = block_size // sparsity_factor
+        # bos_pooling needs the text's first query.
         sparse_key, sparse_value, sparse_visible = sparse_keys(
             query[:, :, G], key[:, :, G:], value[:, :, G:], visible[:, :, G:].expand(-1, H, -1),
             block_size, sparse_block_size, sparsity_factor, sparsity_type, lsh_num_pre_rounds)
@@ -106,12 +107,15 @@ def key_table(num_blocks, num_global_tokens, block_size, sparse_per_block, spars
     """Which keys each block of queries sees: (N, K) indices into globals, text and sparse keys.
 
     sparse_per_block: how many sparse keys are made from each block; 0 if there are none.
-    -1 marks a key that does not exist. For example, blocks of two tokens and one global token:
+    -1 marks a key that does not exist. For example, one global token (0), ten tokens of text in
+    blocks of two (1 to 10), and one sparse key made from each block (11 to 15):
 
-    >>> key_table(3, 1, block_size=2, sparse_per_block=0, sparse_block_size=0)
-    tensor([[ 0, -1, -1,  1,  2,  3,  4],
-            [ 0,  1,  2,  3,  4,  5,  6],
-            [ 0,  3,  4,  5,  6, -1, -1]])
+    >>> key_table(5, 1, block_size=2, sparse_per_block=1, sparse_block_size=1)
+    tensor([[ 0, -1, -1,  1,  2,  3,  4, -1, 13],
+            [ 0,  1,  2,  3,  4,  5,  6, -1, 14],
+            [ 0,  3,  4,  5,  6,  7,  8, 11, 15],
+            [ 0,  5,  6,  7,  8,  9, 10, 12, -1],
+            [ 0,  7,  8,  9, 10, -1, -1, 13, -1]])
     """
     block = torch.arange(num_blocks, device=device)[:, None]  # (N, 1)
     num_text, num_sparse = num_blocks * block_size, num_blocks * sparse_per_block
@@ -123,6 +127,7 @@ def key_table(num_blocks, num_global_tokens, block_size, sparse_per_block, spars
 
     globals_ = torch.arange(num_global_tokens, device=device).expand(num_blocks, -1)
     local = window((block - 1) * block_size, 3 * block_size, num_text, num_global_tokens)
+    # The sparse keys end where those of the block before begin, and go on after those of the next.
     size = min(sparse_block_size, num_sparse)  # 0 if there are no sparse keys
     offset = num_global_tokens + num_text
     before = window((block - 1) * sparse_per_block - size, size, num_sparse, offset)
@@ -147,15 +152,14 @@ def attend_blocks(query, key, value, visible, table, dropout_p=0.0):
 def full_attention(query, key, value, visible=None, dropout_p=0.0):
     """softmax(query · key / √D) · value over the visible keys; 0 if there is none.
 
-    query (…, T, D), key and value (…, K, D), visible (…, T or 1, K), True where a key may be seen.
+    query (…, L, D), key and value (…, S, D), visible (…, L or 1, S), True where a key may be seen.
     """
     return F.scaled_dot_product_attention(query, key, value, visible, dropout_p)
 
 
 def boolean_mask(mask):
-    """The mask as booleans. Raises ValueError for a float mask in which 0 means visible."""
+    """The mask as booleans. Raises ValueError for a float mask that may be additive."""
     if mask.is_floating_point() and not (((mask == 0) | (mask == 1)).all() and mask.any()):
-        # A mask of zeros alone is probably an additive one.
         raise ValueError("attention_mask must be True or 1 where a key may be seen, False or 0 "
                          "elsewhere (for an additive mask: pass mask == 0)")
     return mask.bool()
@@ -171,7 +175,8 @@ def boolean_mask(mask):
 #     bos_pooling    the same, weighted by the attention of the text's first token
 #     lsh            in each chunk of tokens, the means of the keys in the same bucket of a hash
 #
-# A chunk of min(block_size, sparse_block_size) tokens makes chunk_size / sparsity_factor keys.
+# For norm and lsh, a chunk is min(block_size, sparse_block_size) tokens of text, which make
+# chunk_size / sparsity_factor keys.
 
 
 def uses_sparse_keys(sparse_block_size, sparsity_factor, sparsity_type):
@@ -180,7 +185,7 @@ def uses_sparse_keys(sparse_block_size, sparsity_factor, sparsity_type):
 
 def sparse_keys(first_query, key, value, visible, block_size, sparse_block_size, sparsity_factor,
                 sparsity_type, lsh_num_pre_rounds):
-    """The keys and values (B, H, M, D) of the subsample; False (B, H, M) if made of padding alone.
+    """The keys and values (B, H, M, D) of the subsample, and whether they may be seen (B, H, M).
 
     key, value (B, H, length, D) and visible (B, H, length) are those of the padded text, and
     first_query (B, H, D) is its first query.

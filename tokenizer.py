@@ -15,11 +15,7 @@ SPECIAL_TOKENS = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 
 
 class BarthezTokenizer:
-    """Text to ids and back.
-
-    >>> tokenizer.encode("Il fait beau.")          # <s> ▁Il ▁fait ▁beau . </s>
-    >>> tokenizer.encode("Où ?", "Ici !")          # <s> ▁Où ▁? </s> </s> ▁Ici ▁! </s>
-    """
+    """Text to ids and back."""
 
     def __init__(self, model_file, model_max_length=None):
         """model_file: sentencepiece.bpe.model. model_max_length: where `truncation` cuts."""
@@ -34,11 +30,12 @@ class BarthezTokenizer:
             raise ValueError(f"{model_file} is not a SentencePiece model: "
                              "replace it by a good copy") from None
 
-        self.special_ids = {}
+        self.special_ids, self.size = {}, self.pieces.get_piece_size()
         for token in SPECIAL_TOKENS:
             id = self.pieces.piece_to_id(token)
             if id == self.pieces.unk_id() and token != "<unk>":
-                id = len(self)  # not a piece of the model: it follows the last one
+                id = self.size  # not a piece of the model: it follows the last one
+                self.size += 1
             self.special_ids[token] = id
         self.bos_token_id = self.special_ids["<s>"]
         self.pad_token_id = self.special_ids["<pad>"]
@@ -49,7 +46,7 @@ class BarthezTokenizer:
 
     def __len__(self):
         """The size of the vocabulary."""
-        return max(self.pieces.get_piece_size(), *(id + 1 for id in self.special_ids.values()), 0)
+        return self.size
 
     def text_to_ids(self, text):
         """The ids of a text without <s> and </s>. Special tokens in the text are recognized."""
@@ -58,14 +55,14 @@ class BarthezTokenizer:
         except UnicodeEncodeError:
             raise ValueError("the text is not valid Unicode (surrogates): convert it to UTF-8"
                              ) from None
+        # <mask> includes the space before it. Each run of spaces is tried once, in linear time.
+        text = re.sub(r"(?<!\s)\s+<mask>", "<mask>", text)
         ids = []
-        parts = re.split("(<s>|<pad>|</s>|<unk>|<mask>)", text)
-        for part, special in zip(parts[::2], parts[1::2] + [None]):
-            if special == "<mask>":  # it includes the space before it
-                part = part.rstrip()
-            ids += self.pieces.encode(part)
-            if special:
-                ids.append(self.special_ids[special])
+        for part in re.split("(<s>|<pad>|</s>|<unk>|<mask>)", text):
+            if part in self.special_ids:
+                ids.append(self.special_ids[part])
+            else:
+                ids += self.pieces.encode(part)
         return ids
 
     def encode(self, text, pair=None, max_length=None):
@@ -79,27 +76,24 @@ class BarthezTokenizer:
             if room < 0:
                 raise ValueError(f"max_length={max_length} leaves no room for <s> and </s>")
             while len(ids) + len(pair_ids) > room:
-                longer = ids if pair is None or len(ids) > len(pair_ids) else pair_ids
+                longer = ids if len(ids) > len(pair_ids) else pair_ids
                 longer.pop()
         bos, eos = [self.bos_token_id], [self.eos_token_id]
-        if pair is None:
-            return bos + ids + eos
-        return bos + ids + eos + eos + pair_ids + eos
+        second = [] if pair is None else eos + pair_ids + eos
+        return bos + ids + eos + second
 
     def decode(self, ids, skip_special_tokens=True):
         """The text of a list or 1-D tensor of ids."""
-        text, run = "", []  # run: the pieces since the last special token
-        after_special = False
+        text, run = "", []  # run: pieces that are not decoded yet
         for id in map(int, ids):
             if not 0 <= id < len(self):
                 raise ValueError(f"id {id} is outside the vocabulary of {len(self)} pieces")
             if id not in self.special_tokens:
                 run.append(id)
-                after_special = False
             elif not skip_special_tokens:
-                space = "" if after_special else " "
+                space = " " if run else ""
                 text += space + self.pieces.decode(run) + self.special_tokens[id]
-                run, after_special = [], True
+                run = []
         return (text + self.pieces.decode(run)).strip()
 
     def __call__(self, text, pair=None, *, truncation=False, max_length=None, padding=False,
@@ -126,7 +120,7 @@ class BarthezTokenizer:
         if max_length is None and (truncation or padding == "max_length"):
             raise ValueError("the tokenizer has no model_max_length: give max_length")
         limit = max_length if truncation else None
-        rows = [self.encode(*both, limit) for both in zip(texts, pairs)]
+        rows = [self.encode(text, pair, limit) for text, pair in zip(texts, pairs)]
 
         length = max(map(len, rows), default=0)
         if not padding and any(len(row) < length for row in rows):

@@ -397,7 +397,8 @@ def test_a_checkpoint_serves_its_task_or_one_line_says_why(checkpoints, text_fil
     (["--max-length", "5000"], "max_length"), (["--max-source-length", "-1"], "max"),
     (["--max-source-length", "0"], "max"), (["--set", "num_return_sequences=2"], "num_return"),
     (["--set", "num_return_sequences=2", "--num-beams", "2"], "num_return"),
-    (["--set", "architectures=Model"], "architectures")])
+    (["--set", "architectures=Model"], "architectures"),
+    (["--set", "max_position_embeddings=x"], "expected int")])
 def test_an_option_without_effect_is_refused(text_file, options, named):
     line = fails("barthez.py", "--summarize", text_file, "--model", PLAIN, *options)
     assert named in line, line
