@@ -82,8 +82,7 @@ def read_checkpoint(source, revision=None):
     config = read_json(files["config.json"])
     if "generation_config.json" in files:
         config = config | read_json(files["generation_config.json"])
-    tied = config.get("tie_word_embeddings") is not False
-    tensors = rename(read_tensors(files["weights"]), tied)
+    tensors = rename(read_tensors(files["weights"]), tied_names(config))
     tokenizer = BarthezTokenizer(files["sentencepiece.bpe.model"])
     vocab_size = config.get("vocab_size")
     if isinstance(vocab_size, int) and len(tokenizer) > vocab_size:
@@ -192,19 +191,24 @@ def replace_it(path):
     return "Replace it by a good copy."
 
 
-def rename(tensors, tied):
+def tied_names(config):
+    """The names that the embedding has. A tied one is also the output projection, lm_head."""
+    tied = config.get("tie_word_embeddings") is not False
+    return EMBEDDINGS if tied else EMBEDDINGS[:3]
+
+
+def rename(tensors, names):
     """Names that begin with "model.", and one tensor for the embedding under all of its names.
 
-    tied: whether the output projection, lm_head, is the embedding too.
+    names: those of tied_names.
     """
     if not any(name.startswith("model.") for name in tensors):  # saved from a model without a head
         tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
     tensors = {name: x for name, x in tensors.items() if not UNUSED.fullmatch(name)}
-    names = EMBEDDINGS if tied else EMBEDDINGS[:3]
     copies = [tensors[name] for name in names if name in tensors]
     if any(copy.dtype != copies[0].dtype or not torch.equal(copy, copies[0]) for copy in copies):
         raise ValueError(f"tied matrices differ: {', '.join(names)}. Remove the wrong ones"
-                         + (", or set tie_word_embeddings to false" if tied else ""))
+                         + (", or set tie_word_embeddings to false" if names == EMBEDDINGS else ""))
     if copies:
         embedding = dict.fromkeys(names, copies[0])
         tensors = embedding | tensors | embedding  # model.shared.weight is the first name
@@ -322,8 +326,7 @@ def write_checkpoint(folder, config, tensors, tokenizer):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_config = {"model_max_length": config["max_position_embeddings"],
                         "tokenizer_class": "BarthezTokenizer"}
-    tied = config.get("tie_word_embeddings") is not False
-    tensors = separate(tensors, getattr(torch, config["torch_dtype"]), tied)
+    tensors = separate(tensors, getattr(torch, config["torch_dtype"]), tied_names(config))
     with locked(folder):
         for leftover in folder.glob("*.incomplete"):  # of a run that was killed
             leftover.unlink()
@@ -343,10 +346,9 @@ def write_checkpoint(folder, config, tensors, tokenizer):
                     pieces_file.write_bytes(pieces)
 
 
-def separate(tensors, dtype, tied):
+def separate(tensors, dtype, embeddings):
     """Contiguous tensors of one type that share no memory, as safetensors needs them. Of several
     names of the embedding, the first is kept."""
-    embeddings = EMBEDDINGS if tied else EMBEDDINGS[:3]
     separated, seen = {}, set()
     for name, tensor in tensors.items():
         shared = tensor.data_ptr() in seen
@@ -770,7 +772,8 @@ def busy(answer, what):
     limit = (re.search(r"r=0;t=(\d+)", answer.headers.get("RateLimit", ""))
              or re.fullmatch(r"(\d+)", answer.headers.get("Retry-After", "")))
     host, pause = urlsplit(answer.url).hostname, int(limit[1]) + 1 if limit else 0
-    return Retry(f"{host} answered {answer.status} {answer.reason} for {what}", pause)
+    said = answer.headers.get("X-Error-Message") or answer.reason
+    return Retry(f"{host} answered {answer.status} {said} for {what}", pause)
 
 
 def refusal(answer, page, what):
