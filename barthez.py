@@ -7,25 +7,28 @@ Sequence-to-Sequence Model" (2020), arXiv:2010.12321, after Y. Liu et al., arXiv
 Official code: transformers 4.36.2, models/mbart/modeling_mbart.py; with LSG, lsg-converter 0.1.9,
 lsg_converter/mbart/modeling_lsg_mbart.py. Modules are named as in the checkpoint.
 
-The walk of a document: main -> summarize_files -> load_model -> read_checkpoint, convert_to_lsg
-(load_weights.py), build_model -> summarize -> text to ids (tokenizer.py) -> generate -> Encoder ->
-lsg_attention (lsg.py) -> beam_search (beam_search.py), each step by the Decoder -> ids to text.
-Whatever comes from cpu.py changes the speed and no result.
+The walk of a document: main -> a folder (hub.py) -> config, tensors, tokenizer (load_weights.py) ->
+build_model -> summarize -> ids (tokenizer.py) -> generate -> Encoder -> lsg_attention (lsg.py) ->
+Decoder, with the cache of beam_search (beam_search.py) -> ids -> text. cpu.py makes it faster.
 
 Letters used for shapes:
     B batch    H heads    D head dimension    E d_model    V vocabulary    G global tokens
     T tokens of the sequence that attends     S tokens that it attends to; in cross-attention, those
                                               of the encoded document, with its globals
-During generation, T is the number of beams: each step reads one token per beam.
+    beams      num_beams: during generation, shapes have "beams" instead of T, since each step reads
+               one token per beam
 """
 
 import argparse
+import codecs
+import json
 import math
 import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -34,25 +37,19 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from beam_search import Cache, beam_search
-from cpu import accelerate, keep_freed_memory, packed_weights, tokens_in_pieces
-from load_weights import (EMBEDDING, EMBEDDINGS, GLOBALS, LSG_KEYS, LSG_OPTIONS, NUM_GLOBALS,
-                          POSITIONS, NoNetwork, architecture_name, convert_to_lsg, notice,
-                          one_line, parse_settings, published_config, read_checkpoint,
-                          resize_positions, run, write_checkpoint)
+from beam_search import Cache, GenerationConfig, beam_search, check_finite, check_types
+from cpu import accelerate, keep_freed_memory, packed_weights
+from hub import NoNetwork, find_model
+from load_weights import (ALIASES, EMBEDDING, EMBEDDINGS, GLOBALS, NUM_GLOBALS, WEIGHTS, describe,
+                          read_checkpoint, resize_positions, write_checkpoint)
 from lsg import SPARSITY_TYPES, boolean_mask, check_options, full_attention, lsg_attention
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
                "gelu_new": partial(F.gelu, approximate="tanh")}
-ALIASES = {  # other names that the model card and transformers use for keys of config.json
-    "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads",
-    "attention_probs_dropout_prob": "attention_dropout", "lsg_num_pre_rounds": "lsh_num_pre_rounds"}
-TOKEN_IDS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id",
-             "forced_eos_token_id")
-BEAM_SETTINGS = ("num_beams", "num_return_sequences", "max_length", "min_length", "length_penalty",
-                 "no_repeat_ngram_size", "early_stopping")
+LSG_OPTIONS = ("block_size", "sparse_block_size", "sparsity_factor", "sparsity_type",
+               "num_global_tokens", "lsh_num_pre_rounds", "adaptive")  # of lsg_attention
+LSG_KEYS = LSG_OPTIONS + ("mask_first_token", "pass_global_tokens_to_decoder", "pool_with_global")
 OTHER_HEADS = ("classification_head.", "qa_outputs.")  # of models that do not write text
-HEADS = ("lm_head.", "final_logits_bias") + OTHER_HEADS
 
 
 # ------------------------------------------------------------------------------------------------
@@ -61,7 +58,7 @@ HEADS = ("lm_head.", "final_logits_bias") + OTHER_HEADS
 
 @dataclass(frozen=True)
 class BarthezConfig:
-    """The keys of config.json, the settings of `generate` among them, with their defaults."""
+    """The keys of config.json that describe a model, with their defaults."""
     vocab_size: int
     d_model: int
     encoder_layers: int
@@ -74,7 +71,13 @@ class BarthezConfig:
     activation_function: str = "gelu"
     scale_embedding: bool = False  # multiply token embeddings by sqrt(d_model); BARThez does not
     tie_word_embeddings: bool = True
-    init_std: float = 0.02
+    init_std: float = 0.02  # standard deviation of new weights
+
+    # Special tokens
+    bos_token_id: int = 0
+    pad_token_id: int = 1
+    eos_token_id: int = 2
+    decoder_start_token_id: int | None = None  # None: bos_token_id
 
     # LSG attention; see lsg.py
     lsg: bool = True  # False: full attention, as in the published BARThez
@@ -85,7 +88,7 @@ class BarthezConfig:
     num_global_tokens: int = 1
     lsh_num_pre_rounds: int = 1
     adaptive: bool = True
-    mask_first_token: bool = False  # hide <s>: the first global token serves instead
+    mask_first_token: bool = False  # mask <s>; the first global token replaces it
     pass_global_tokens_to_decoder: bool = True  # False: drop them after the encoder
     pool_with_global: bool = True  # if they are dropped, the first one replaces <s>
 
@@ -96,112 +99,50 @@ class BarthezConfig:
     classifier_dropout: float = 0.0
     encoder_layerdrop: float = 0.0  # probability of skipping a layer
     decoder_layerdrop: float = 0.0
-
-    # Classification
-    id2label: dict = field(default_factory=lambda: label_names(None, None))
-    problem_type: str | None = None  # one of CHOICES; None: inferred from the labels
-
-    # Generation
-    bos_token_id: int = 0
-    pad_token_id: int = 1
-    eos_token_id: int = 2
-    decoder_start_token_id: int | None = None  # None: bos_token_id
-    forced_eos_token_id: int | None = 2  # the last token of a text that reaches max_length
-    num_beams: int = 1
-    num_return_sequences: int = 1  # texts for each document, at most num_beams
-    max_length: int | None = None  # tokens, with the start token; None: 20 (--summarize: 128)
-    min_length: int = 0
-    length_penalty: float = 1.0  # a text scores its log-probability / length**length_penalty
-    no_repeat_ngram_size: int = 0
-    early_stopping: bool | str = False  # True: stop at num_beams finished texts; "never": search on
+    id2label: dict = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})  # of a classifier
 
     def __post_init__(self):
         """Raises ValueError that names the field, its value and what is allowed."""
-        for f in fields(self):
-            check_field(f.name, getattr(self, f.name), f.type)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {list(choices)}")
+        check_types(self)
+        if self.activation_function not in ACTIVATIONS:
+            raise ValueError(f"activation_function={self.activation_function!r}: choose one of "
+                             f"{', '.join(ACTIVATIONS)}")
         for heads in (self.encoder_attention_heads, self.decoder_attention_heads):
-            if self.d_model % heads:
+            if heads < 1 or self.d_model % heads:
                 raise ValueError(f"d_model={self.d_model} is not divisible by {heads} heads")
-        for name in TOKEN_IDS:
-            if (getattr(self, name) or 0) >= self.vocab_size:
-                raise ValueError(f"{name}={getattr(self, name)} must be below vocab_size="
-                                 f"{self.vocab_size}")
-        if self.num_return_sequences > self.num_beams:
-            raise ValueError(f"num_return_sequences={self.num_return_sequences} is more than "
-                             f"num_beams={self.num_beams}")
+        for name in ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"):
+            if not 0 <= (getattr(self, name) or 0) < self.vocab_size:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to vocab_size - 1")
         if self.lsg:
-            check_options(**{name: getattr(self, name) for name in LSG_OPTIONS})
-
-    @classmethod
-    def from_dict(cls, settings):
-        """From the contents of a config.json. Unknown keys are ignored.
-
-        null means the default, except where None is allowed.
-        """
-        settings = without_aliases(settings)
-        settings["id2label"] = label_names(settings.get("id2label"), settings.get("num_labels"))
-        known = {}
-        for f in fields(cls):
-            value = settings.get(f.name, f.default)
-            may_be_none = isinstance(None, f.type)
-            if value is None and not may_be_none:
-                value = f.default
-            if value is MISSING:
-                raise ValueError(f"{f.name} is missing")
-            known[f.name] = value
-        return cls(**known)
+            check_options(**{name: getattr(self, name) for name in LSG_OPTIONS[:-1]})
+            if not 1 <= self.num_global_tokens <= NUM_GLOBALS:
+                raise ValueError(f"num_global_tokens={self.num_global_tokens}: choose 1 to "
+                                 f"{NUM_GLOBALS}")
 
     @property
     def num_labels(self):
         return len(self.id2label)
 
 
-LIMITS = {  # (least, greatest) value of the numbers in config.json; default: 1 to a million
-    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "classifier_dropout",
-                     "encoder_layerdrop", "decoder_layerdrop", "init_std"), (0, 1)),
-    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_beams"), (1, 1000)),
-    **dict.fromkeys((*TOKEN_IDS, "sparse_block_size", "sparsity_factor", "min_length",
-                     "no_repeat_ngram_size"), (0, 10**6)),
-    "num_global_tokens": (1, NUM_GLOBALS), "lsh_num_pre_rounds": (0, 100),
-    "max_length": (2, 10**6), "length_penalty": (-50, 50)}
-CHOICES = {
-    "activation_function": ACTIVATIONS, "early_stopping": (True, False, "never"),
-    "problem_type": ("regression", "single_label_classification", "multi_label_classification",
-                     None)}
+def config_from(kind, settings):
+    """A BarthezConfig or GenerationConfig from the keys of config.json. Others are ignored.
 
-
-def without_aliases(settings):
-    return {ALIASES.get(key, key): value for key, value in settings.items()}
-
-
-def check_field(name, value, kind):
-    """Check the type and the range of one field of the configuration."""
-    if kind is float:
-        kind = int | float
-    is_bool = isinstance(value, bool)  # in Python also an int
-    if not isinstance(value, kind) or is_bool and kind not in (bool, bool | str):
-        raise ValueError(f"{name}={value!r}: expected {getattr(kind, '__name__', kind)}")
-    is_number = isinstance(value, int | float) and not is_bool
-    low, high = LIMITS.get(name, (1, 10**6))
-    if is_number and not low <= value <= high:
-        raise ValueError(f"{name}={value!r}: choose a number from {low} to {high}")
-
-
-def label_names(id2label, num_labels):
-    """The labels as {index: name}, from the values of config.json."""
-    id2label = id2label or {}
-    check_field("id2label", id2label, dict)
-    if num_labels is None:
-        num_labels = len(id2label) or 2
-    check_field("num_labels", num_labels, int)
-    if len(id2label) != num_labels:
-        return {i: f"LABEL_{i}" for i in range(num_labels)}
-    if {str(index) for index in id2label} != {str(i) for i in range(num_labels)}:
-        raise ValueError(f"id2label={id2label!r}: expected {{0: name, 1: name, …}}")
-    return {int(index): str(name) for index, name in id2label.items()}
+    null means the default, except where None is allowed. num_labels wins over id2label.
+    """
+    labels = settings.get("id2label") or {}
+    num_labels = settings.get("num_labels") or len(labels) or 2
+    if len(labels) != num_labels:
+        labels = {i: f"LABEL_{i}" for i in range(num_labels)}
+    settings = settings | {"id2label": {int(i): label for i, label in labels.items()}}
+    known = {}
+    for f in fields(kind):
+        value = settings.get(f.name, f.default)
+        if value is None and not isinstance(None, f.type):
+            value = f.default
+        if value is MISSING:
+            raise ValueError(f"{f.name} is missing")
+        known[f.name] = value
+    return kind(**known)
 
 
 @dataclass
@@ -220,11 +161,15 @@ class Output:
 
 
 class Attention(nn.Module):
-    """Multi-head attention: project, attend by the function `attend`, project back."""
+    """Multi-head attention: project, attend, project back.
 
-    def __init__(self, embed_dim, num_heads, dropout, attend=full_attention):
+    lsg_options: those of lsg_attention; None: full attention.
+    """
+
+    def __init__(self, embed_dim, num_heads, dropout, lsg_options=None, attention=full_attention):
         super().__init__()
-        self.num_heads, self.dropout, self.attend = num_heads, dropout, attend
+        self.num_heads, self.dropout = num_heads, dropout
+        self.lsg_options, self.attention = lsg_options, attention
         self.k_proj = nn.Linear(embed_dim, embed_dim)
         self.v_proj = nn.Linear(embed_dim, embed_dim)
         self.q_proj = nn.Linear(embed_dim, embed_dim)
@@ -240,20 +185,26 @@ class Attention(nn.Module):
     def forward(self, x, key, value, visible):
         """x (B, T, E), key and value (B, H, S, D) -> (B, T, E).
 
-        visible: (B, S) if `attend` is lsg_attention, otherwise broadcastable to (B, H, T, S).
+        The caller makes the keys and values, since those of a document serve all steps of the
+        decoder, and those of earlier tokens come from a cache.
+        visible: (B, S) for LSG attention, otherwise broadcastable to (B, H, T, S).
         """
         query = self.split_heads(self.q_proj(x))  # (B, H, T, D)
         dropout_p = self.dropout if self.training else 0.0
-        context = self.attend(query, key, value, visible, dropout_p=dropout_p)  # (B, H, T, D)
+        if self.lsg_options is None:
+            context = self.attention(query, key, value, visible, dropout_p)  # (B, H, T, D)
+        else:
+            context = lsg_attention(query, key, value, visible, dropout_p=dropout_p,
+                                    attention=self.attention, **self.lsg_options)
         return self.out_proj(context.transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
     """Self-attention and feed-forward. Each normalizes its input and is added to it (pre-norm)."""
 
-    def __init__(self, config, num_heads, ffn_dim, attend=full_attention):
+    def __init__(self, config, num_heads, ffn_dim, lsg_options=None):
         super().__init__()
-        self.self_attn = Attention(config.d_model, num_heads, config.attention_dropout, attend)
+        self.self_attn = Attention(config.d_model, num_heads, config.attention_dropout, lsg_options)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.fc1 = nn.Linear(config.d_model, ffn_dim)
         self.fc2 = nn.Linear(ffn_dim, config.d_model)
@@ -270,13 +221,16 @@ class Layer(nn.Module):
             key, value = layer_cache.append(key, value)  # (B, H, all tokens written so far, D)
         return x + self.dropout(self.self_attn(normed, key, value, visible))
 
-    @tokens_in_pieces
     def feed_forward(self, x):
         hidden = self.activation(self.fc1(self.final_layer_norm(x)))  # (B, T, ffn_dim)
         return x + self.dropout(self.fc2(self.activation_dropout(hidden)))
 
     def forward(self, x, visible):
-        return self.feed_forward(self.attend_to_itself(x, visible))
+        x = self.attend_to_itself(x, visible)
+        if not x.is_cpu or torch.compiler.is_compiling():
+            return self.feed_forward(x)
+        # 1,024 tokens at a time: `hidden`, four times as wide as x, then needs less memory.
+        return torch.cat([self.feed_forward(piece) for piece in x.split(1024, dim=1)], dim=1)
 
 
 class DecoderLayer(Layer):
@@ -288,7 +242,7 @@ class DecoderLayer(Layer):
         self.encoder_attn = Attention(config.d_model, heads, config.attention_dropout)
         self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, x, visible, cross_kv, cross_visible, layer_cache):
+    def forward(self, x, visible, cross_kv=None, cross_visible=None, layer_cache=None):
         """x (B, T, E). cross_kv: the layer's keys and values of the document; None: no document."""
         x = self.attend_to_itself(x, visible, layer_cache)
         if cross_kv is not None:
@@ -340,47 +294,52 @@ class Stack(nn.Module):
 
 class Encoder(Stack):
     def __init__(self, config, shared):
-        attend = full_attention
+        lsg_options = None
         if config.lsg:
-            options = {name: getattr(config, name) for name in LSG_OPTIONS}
-            attend = partial(lsg_attention, adaptive=config.adaptive, **options)
-        layers = [Layer(config, config.encoder_attention_heads, config.encoder_ffn_dim, attend)
+            lsg_options = {name: getattr(config, name) for name in LSG_OPTIONS}
+        layers = [Layer(config, config.encoder_attention_heads, config.encoder_ffn_dim, lsg_options)
                   for _ in range(config.encoder_layers)]
         super().__init__(config, shared, layers, config.encoder_layerdrop)
         if config.lsg:
-            self.global_embeddings = nn.Embedding(NUM_GLOBALS, config.d_model)  # the first G serve
+            self.global_embeddings = nn.Embedding(NUM_GLOBALS, config.d_model)
 
     def forward(self, input_ids, attention_mask=None):
-        """input_ids (B, T); attention_mask (B, T), True or 1 except for padding.
+        """input_ids (B, T); attention_mask (B, T), True or 1 except for padding; None: no padding.
 
         Returns the states (B, S, E) and which of them the decoder may see (B, S). S = G + T, and
         the global tokens come first. If pass_global_tokens_to_decoder is False, S = T.
         """
-        config = self.config
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
         visible = boolean_mask(attention_mask)
         x = self.embed(input_ids, 0, input_ids.shape[1])  # (B, T, E)
-        if config.lsg:
-            G = config.num_global_tokens
-            global_tokens = self.global_embeddings.weight[:G].expand(len(x), -1, -1)
-            x = torch.cat([global_tokens, x], dim=1)  # (B, G + T, E)
-            if config.mask_first_token:
-                visible = F.pad(visible[:, 1:], (1, 0), value=False)
-            visible = F.pad(visible, (G, 0), value=True)  # (B, G + T)
+        if self.config.lsg:
+            x, visible = self.prepend_globals(x, visible)
         x = self.dropout(self.layernorm_embedding(x))
         # lsg_attention takes (B, S), full_attention (B, 1, 1, S).
-        layer_visible = visible if config.lsg else visible[:, None, None]
+        layer_visible = visible if self.config.lsg else visible[:, None, None]
         for layer in self.layers:
             x = self.run_layer(layer, x, layer_visible)
         x = self.layer_norm(x)
-
-        if config.lsg and not config.pass_global_tokens_to_decoder:
-            # With mask_first_token, the first row is useless, and the decoder does not see it.
-            first = 0 if config.pool_with_global or config.mask_first_token else G
-            x = torch.cat([x[:, first:first + 1], x[:, G + 1:]], dim=1)  # (B, T, E)
-            visible = visible[:, G:]
+        if self.config.lsg and not self.config.pass_global_tokens_to_decoder:
+            x, visible = self.drop_globals(x, visible)
         return x, visible
+
+    def prepend_globals(self, x, visible):
+        """x (B, T, E) and visible (B, T) -> (B, G + T, E) and (B, G + T)."""
+        G = self.config.num_global_tokens
+        global_tokens = self.global_embeddings.weight[:G].expand(len(x), -1, -1)
+        if self.config.mask_first_token:
+            visible = F.pad(visible[:, 1:], (1, 0), value=False)
+        return torch.cat([global_tokens, x], dim=1), F.pad(visible, (G, 0), value=True)
+
+    def drop_globals(self, x, visible):
+        """x (B, G + T, E) and visible (B, G + T) -> (B, T, E) and (B, T)."""
+        G, text = self.config.num_global_tokens, x[:, self.config.num_global_tokens:]
+        # mask_first_token does the same to <s>, as in the original, though nothing sees it then.
+        if self.config.pool_with_global or self.config.mask_first_token:
+            text = torch.cat([x[:, :1], text[:, 1:]], dim=1)  # the first global token replaces <s>
+        return text, visible[:, G:]
 
 
 class Decoder(Stack):
@@ -399,8 +358,8 @@ class Decoder(Stack):
         """input_ids, attention_mask (B, T), cross_visible (B, S) -> states (B, T, E).
 
         A token sees itself and those before it.
-        cache: see beam_search.Cache. The T tokens are then the newest ones of the beams of each
-        document: they have the same position, see the same document, and their own histories.
+        cache: a beam_search.Cache; input_ids are then the newest tokens of the beams (B, beams),
+            which have the same position and the same document, and each its own history.
         """
         if cache is not None:
             visible = cache.next_step()  # (B, 1, beams, all tokens written so far by all beams)
@@ -430,10 +389,11 @@ class BarthezModel(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.generation_config = config, GenerationConfig()
         self.shared = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
         self.encoder = Encoder(config, self.shared)
         self.decoder = Decoder(config, self.shared)
+        init_weights(self, config)
 
     def forward(self, input_ids, attention_mask=None, decoder_input_ids=None):
         """All (B, length). decoder_input_ids default to the input, shifted right."""
@@ -445,9 +405,22 @@ class BarthezModel(nn.Module):
         return Output(last_hidden_state=states, encoder_last_hidden_state=encoder_states)
 
 
+def init_weights(module, config):
+    """Draw new weights as mBART does: normal with standard deviation init_std, biases and <pad> 0."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(layer.weight, std=config.init_std)
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+            nn.init.zeros_(layer.weight.data[layer.padding_idx])
+
+
 def shift_right(ids, pad_token_id):
     """The decoder input for a target (B, T): the last token, </s>, moves to the front.
 
+    BARThez was trained so: each token is predicted from those before it, and the first one from
+    </s>, which is therefore also the start token of generation.
     Padding is -100 or pad_token_id: [5, 6, 2, 1] becomes [2, 5, 6, 2].
     """
     ids = ids.masked_fill(ids == -100, pad_token_id)
@@ -460,10 +433,11 @@ class BarthezForConditionalGeneration(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.generation_config = config, GenerationConfig()
         self.model = BarthezModel(config)
         self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        init_weights(self.lm_head, config)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.shared.weight
 
@@ -481,63 +455,39 @@ class BarthezForConditionalGeneration(nn.Module):
         return out
 
     @torch.no_grad()
-    @packed_weights
-    def generate(self, input_ids, attention_mask=None, *, progress=None, **settings):
+    def generate(self, input_ids, attention_mask=None, **settings):
         """Write texts for each document by beam search; one beam is greedy search.
 
         input_ids, attention_mask: (B, T). Without a mask, pad_token_id is padding.
-        settings: TOKEN_IDS and BEAM_SETTINGS; those not given are the checkpoint's.
-        progress: called before each step as progress(tokens written, max_length).
+        settings: those of GenerationConfig; those not given are the checkpoint's.
         Returns ids (B * num_return_sequences, L), the best text of each document first. Each begins
-        with the start token; pad_token_id follows </s>. Dropout is off.
+        with the start token; pad_token_id follows </s>. Call model.eval() before, as for any model.
         """
-        config = generation_config(self.config, settings)
+        config, settings = self.config, replace(self.generation_config, **settings)
+        if settings.max_length is None:
+            settings = replace(settings, max_length=20)
+        positions = config.max_position_embeddings
+        if settings.max_length - 1 > positions:  # the last token is not read again
+            raise ValueError(f"max_length={settings.max_length}, but the decoder has {positions} "
+                             f"positions: choose at most {positions + 1}")
         if attention_mask is None:
             attention_mask = input_ids != config.pad_token_id
-        start = input_ids.new_full((len(input_ids),), config.decoder_start_token_id)
-        with evaluation_mode(self):
+        start = config.decoder_start_token_id
+        if start is None:
+            start = config.bos_token_id
+        with packed_weights(self):
             encoder_states, cross_visible = self.model.encoder(input_ids, attention_mask)
             cross_kv = self.model.decoder.cross_kv(encoder_states)
-            cache = Cache(config, len(input_ids), like=encoder_states)
+            cache = Cache(cross_kv[0][0], config.decoder_layers, settings.num_beams,
+                          settings.max_length)
 
             def next_logits(tokens):  # (B, beams) -> (B, beams, V)
                 states = self.model.decoder(tokens, cross_kv, cross_visible, cache=cache)
                 return self.logits(states)
 
-            return beam_search(next_logits, cache.reorder, start, config, progress)
-
-
-def generation_config(config, settings):
-    """The config for one call of `generate`. Raises ValueError if the settings do not fit."""
-    known = TOKEN_IDS + BEAM_SETTINGS
-    unknown = settings.keys() - set(known)
-    if unknown:
-        raise ValueError(f"generate has no setting {', '.join(sorted(unknown))}: choose among "
-                         f"{', '.join(known)}")
-    config = replace(config, **settings)  # checks the values
-    if config.max_length is None:
-        config = replace(config, max_length=20)
-    if config.decoder_start_token_id is None:
-        config = replace(config, decoder_start_token_id=config.bos_token_id)
-    max_length, positions = config.max_length, config.max_position_embeddings
-    if max_length - 1 > positions:  # the last token is not read again
-        raise ValueError(f"{max_length=}, but the decoder has {positions} positions: choose at "
-                         f"most {positions + 1}")
-    if config.min_length > max_length:
-        raise ValueError(f"min_length={config.min_length} is above {max_length=}")
-    return config
-
-
-@contextmanager
-def evaluation_mode(model):
-    """Switches dropout off for a while."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+            start = input_ids.new_full((len(input_ids),), start)
+            return beam_search(next_logits, cache.reorder, start, settings, config.eos_token_id,
+                               config.pad_token_id)
 
 
 class BarthezForSequenceClassification(nn.Module):
@@ -545,14 +495,15 @@ class BarthezForSequenceClassification(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.generation_config = config, GenerationConfig()
         self.model = BarthezModel(config)
         self.classification_head = nn.ModuleDict({
             "dense": nn.Linear(config.d_model, config.d_model),
             "out_proj": nn.Linear(config.d_model, config.num_labels)})
+        init_weights(self.classification_head, config)
 
     def forward(self, input_ids, attention_mask=None, decoder_input_ids=None, labels=None):
-        """labels: (B,) of classes, (B,) or (B, num_labels) of numbers -> logits (B, num_labels)."""
+        """labels: (B,), whole numbers -> logits (B, num_labels), and the cross-entropy as loss."""
         out = self.model(input_ids, attention_mask, decoder_input_ids)
         is_eos = input_ids == self.config.eos_token_id
         if not is_eos.any(1).all():
@@ -564,21 +515,11 @@ class BarthezForSequenceClassification(nn.Module):
         x = torch.tanh(self.classification_head["dense"](drop(x)))
         out.logits = self.classification_head["out_proj"](drop(x))
         if labels is not None:
-            out.loss = self.loss(out.logits, labels)
+            if labels.is_floating_point():
+                raise ValueError("labels must be the numbers of classes; for another loss, compute "
+                                 "it from the logits")
+            out.loss = F.cross_entropy(out.logits, labels.flatten().long())
         return out
-
-    def loss(self, logits, labels):
-        """Mean squared error, cross-entropy, or binary cross-entropy, by problem_type."""
-        problem_type = self.config.problem_type
-        if problem_type is None and self.config.num_labels == 1:
-            problem_type = "regression"
-        elif problem_type is None and labels.dtype in (torch.int64, torch.int32):
-            problem_type = "single_label_classification"
-        if problem_type == "regression":
-            return F.mse_loss(logits.squeeze(), labels.squeeze())
-        if problem_type == "single_label_classification":
-            return F.cross_entropy(logits, labels.flatten().long())
-        return F.binary_cross_entropy_with_logits(logits, labels)
 
 
 class BarthezForQuestionAnswering(nn.Module):
@@ -586,9 +527,10 @@ class BarthezForQuestionAnswering(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.generation_config = config, GenerationConfig()
         self.model = BarthezModel(config)
         self.qa_outputs = nn.Linear(config.d_model, 2)
+        init_weights(self.qa_outputs, config)
 
     def forward(self, input_ids, attention_mask=None, decoder_input_ids=None,
                 start_positions=None, end_positions=None):
@@ -605,36 +547,25 @@ class BarthezForQuestionAnswering(nn.Module):
         return F.cross_entropy(logits, positions.flatten().clamp(0, T), ignore_index=T)
 
 
-class BarthezForCausalLM(nn.Module):
-    """The decoder alone, as a language model. Shift labels yourself, as in the original."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        shared = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
-        self.model = nn.ModuleDict({"decoder": Decoder(config, shared)})  # for the names
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = shared.weight
-
-    def forward(self, input_ids, attention_mask=None, labels=None):
-        """All (B, T) -> logits (B, T, V)."""
-        states = self.model["decoder"](input_ids, attention_mask=attention_mask)
-        logits = self.lm_head(states)
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return Output(loss=loss, logits=logits, last_hidden_state=states)
-
-
 ARCHITECTURES = {kind.__name__.removeprefix("Barthez"): kind for kind in (
     BarthezModel, BarthezForConditionalGeneration, BarthezForSequenceClassification,
-    BarthezForQuestionAnswering, BarthezForCausalLM)}
+    BarthezForQuestionAnswering)}
+AUTO_CLASSES = ("AutoModel", "AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification",
+                "AutoModelForQuestionAnswering")  # transformers' names for them
 
 
 # ------------------------------------------------------------------------------------------------
 # Loading and saving
 
+TINY = Path(__file__).parent / "tiny"  # the bundled model
+CONVERSIONS = {  # where safetensors were proposed to a model whose main branch has none
+    "moussaKam/barthez": "42bea5aeff64b65241007086b895e6fd17ab6204",
+    "moussaKam/barthez-orangesum-abstract": "d297ebaa84d61a069a0cd6922271c4a47ba2554e",
+    "moussaKam/barthez-sentiment-classification": "refs/pr/1",
+    "moussaKam/mbarthez": "7a86236775ed8eaab6eefc9a90a309c4831fae13"}
 
-def load_model(source, *, revision=None, architecture=None, device=None, dtype=None, lsg=True,
+
+def load_model(source, *, revision=None, architecture=None, device=None, dtype=torch.float32,
                **overrides):
     """A model in evaluation mode, and its tokenizer.
 
@@ -642,50 +573,55 @@ def load_model(source, *, revision=None, architecture=None, device=None, dtype=N
     revision: a branch, tag, commit or refs/pr/N on the Hub.
     architecture: one of ARCHITECTURES; default: the one that config.json names.
     device, dtype: where and how the weights are kept; default: the CPU and float32.
-    lsg: False gives full attention. Otherwise a BARThez without global tokens is converted to LSG,
-        with 4,096 positions or the given max_position_embeddings.
-    overrides: keys of config.json, such as sparsity_type="pooling" or num_global_tokens=16.
-    Raises ValueError or OSError; the message says what is wrong and what to do.
+    overrides: keys of config.json, such as sparsity_type="pooling" or num_beams=2. lsg=False gives
+        full attention. Otherwise a BARThez without global tokens is converted to LSG, with 4,096
+        positions or the given max_position_embeddings.
+    Raises ValueError or OSError; the message says what is wrong and what to do. Warns if the
+    checkpoint lacks the head of the model, or has the head of another task.
     """
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-             "float64": torch.float64, None: torch.float32}
-    dtype = types.get(dtype, dtype)
-    if dtype not in types.values():
-        raise ValueError(f"{dtype=}: choose float32, bfloat16, float16 or float64")
-    try:
-        torch.zeros(1, device=device).item()
-    except Exception as error:  # each kind of device fails in its own way
-        raise ValueError(f"{device=} cannot be used: {one_line(error, 100)}") from None
-    overrides = without_aliases(overrides)
-    unknown = overrides.keys() - {f.name for f in fields(BarthezConfig)} - {"num_labels"}
+    check_names(overrides)
+    folder = find_folder(source, revision)
+    with loading(source):
+        config, tensors, tokenizer = read_checkpoint(folder, overrides)
+        model = build_model(config, tensors, architecture)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    return model.to(device=device, dtype=dtype), tokenizer
+
+
+def check_names(overrides):
+    """Raise ValueError for keys that config.json does not have."""
+    known = {f.name for kind in (BarthezConfig, GenerationConfig) for f in fields(kind)}
+    unknown = overrides.keys() - known - ALIASES.keys() - {"num_labels", "max_new_tokens"}
     if unknown:
         raise ValueError(f"config.json has no key {', '.join(sorted(unknown))}")
-    settings, tensors, tokenizer = read_checkpoint(source, revision)
-    settings = without_aliases(settings)
-    if overrides.keys() & {"num_labels", "id2label"}:  # overriding one replaces both
-        settings = settings | {"num_labels": None, "id2label": None}
-    positions = overrides.get("max_position_embeddings")
+
+
+def find_folder(source, revision=None):
+    """The folder of a checkpoint: `source` itself, or that of a model on the Hub in the cache."""
+    folder = TINY if source == "tiny" else Path(source)
+    if folder.is_file():
+        raise ValueError(f"{source} is a file: name the folder that holds the checkpoint")
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for the Hub, but {source} is a folder")
+        return folder
+    readable = WEIGHTS if torch.__version__ >= (2, 10) else WEIGHTS[:1]
+    return find_model(str(source), revision, CONVERSIONS.get(source), readable)
+
+
+@contextmanager
+def loading(source):
+    """Whatever goes wrong inside is an error that names the checkpoint."""
     try:
-        if positions is not None:
-            check_field("max_position_embeddings", positions, int)
-        architecture = architecture_name(architecture or settings.get("architectures"))
-        has_encoder = POSITIONS[0] in tensors  # a causal model has none
-        if lsg and has_encoder and GLOBALS not in tensors:
-            settings, tensors = convert_to_lsg(settings, tensors, tokenizer, positions or 4096)
-        elif positions is not None:
-            settings, tensors = resize_positions(settings, tensors, positions)
-        config = BarthezConfig.from_dict(settings | overrides | {"lsg": lsg})
-        model = build_model(config, architecture, tensors)
-    except ValueError as error:
-        raise ValueError(f"{source} cannot be loaded: {error}") from None
-    tokenizer.model_max_length = config.max_position_embeddings
-    model = model.to(device, dtype).eval()
-    accelerate(model)
-    return model, tokenizer
+        yield
+    except OSError:  # names its file
+        raise
+    except Exception as error:  # a damaged checkpoint may raise any
+        raise ValueError(f"{source} cannot be loaded: {describe(error)}") from error
 
 
 class SkipInit(TorchFunctionMode):
-    """Skips initialization on the meta device: it has no effect and takes two seconds."""
+    """Skip initialization on the meta device: it has no effect and takes a second."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -693,21 +629,20 @@ class SkipInit(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-class HeadWarning(UserWarning):
-    """The checkpoint was made for another task than the model."""
+def build_model(settings, tensors, architecture=None):
+    """The model whose parameters are the given tensors, in evaluation mode.
 
-
-def build_model(config, architecture, tensors):
-    """The model whose parameters are the given tensors, with the names of read_checkpoint.
-
-    Raises ValueError if the tensors do not fit. Warns if the checkpoint lacks the model's head, or
-    has the head of another task.
+    settings, tensors: as read_checkpoint returns them. architecture: see load_model.
+    Raises ValueError if they do not fit together.
     """
+    kind = find_architecture(architecture or settings.get("architectures"))
+    config = config_from(BarthezConfig, settings)
     with torch.device("meta"), SkipInit():  # shapes without memory
-        model = ARCHITECTURES[architecture](config)
+        model = kind(config)
+    model.generation_config = config_from(GenerationConfig, settings)
     # The names of the model without a head lack the prefix "model.".
-    named = nn.ModuleDict({"model": model}) if architecture == "Model" else model
-    check_tensors(named.state_dict(), tensors, architecture)
+    named = nn.ModuleDict({"model": model}) if kind is BarthezModel else model
+    check_tensors(named.state_dict(), tensors, config)
 
     shared = nn.Parameter(tensors[EMBEDDING])  # one parameter under all of its names
     given = {"final_logits_bias": torch.zeros(1, config.vocab_size)} | tensors
@@ -719,22 +654,36 @@ def build_model(config, architecture, tensors):
     missing = named.load_state_dict(given, strict=False, assign=True).missing_keys
 
     for head in sorted({name.partition(".")[0] for name in missing}):
-        warnings.warn(f"the checkpoint has no {head}: it is initialized and needs training",
-                      HeadWarning)
-        init_weights(model.get_submodule(head).to_empty(device="cpu"), config.init_std)
-    if hasattr(model, "lm_head") and any(name.startswith(OTHER_HEADS) for name in tensors):
-        warnings.warn("the checkpoint was made for another task: its head is not used",
-                      HeadWarning)
-    return model
+        warnings.warn(f"the checkpoint has no {head}: it is initialized and needs training")
+        init_weights(model.get_submodule(head).to_empty(device="cpu"), config)
+    if kind is BarthezForConditionalGeneration and other_head(tensors):
+        warnings.warn("the checkpoint was made for another task: its head is not used")
+    accelerate(model)
+    return model.eval()
 
 
-def check_tensors(state, tensors, architecture):
+def find_architecture(names):
+    """The class for a published name, or for the first of a list of them, as config.json has it."""
+    name = names[0] if isinstance(names, list) and names else names or "ForConditionalGeneration"
+    short = str(name).removeprefix("LSG").removeprefix("MBart")
+    if short not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {name!r}: choose one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[short]
+
+
+def other_head(tensors):
+    """Whether the checkpoint was made for another task than to write text."""
+    return any(name.startswith(OTHER_HEADS) for name in tensors)
+
+
+def check_tensors(state, tensors, config):
     """Raise ValueError that names all missing, unexpected and misshapen tensors."""
-    may_be_unused = *HEADS, GLOBALS
-    if architecture == "ForCausalLM":
-        may_be_unused += "model.encoder.", EMBEDDING
+    may_be_missing = OTHER_HEADS + ("final_logits_bias",)
+    if config.tie_word_embeddings:
+        may_be_missing += ("lm_head.",)
+    may_be_unused = OTHER_HEADS + ("final_logits_bias", "lm_head.", GLOBALS)
     faults = [f"missing {name}" for name in state.keys() - tensors.keys()
-              if not name.startswith(HEADS)]
+              if not name.startswith(may_be_missing)]
     faults += [f"unexpected {name}" for name in tensors.keys() - state.keys()
                if not name.startswith(may_be_unused)]
     for name in state.keys() & tensors.keys():
@@ -748,63 +697,127 @@ def check_tensors(state, tensors, architecture):
         raise ValueError(f"the weights do not fit the configuration: {'; '.join(shown)}")
 
 
-def init_weights(model, std):
-    """Draw weights as mBART does: normal with standard deviation `std`, biases and padding 0."""
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-    for module in model.modules():  # last, since lm_head may share the matrix of the embedding
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            nn.init.zeros_(module.weight.data[module.padding_idx])
-
-
 def save_model(model, tokenizer, folder):
     """Save a checkpoint in the published layout, which the original's code reads as well.
 
-    Raises ValueError if a weight is not finite, OSError if the folder cannot be written. An older
-    checkpoint in the folder is replaced only when the new one is complete.
+    Raises ValueError if a weight is not finite. An older checkpoint in the folder is replaced only
+    when the new one is complete.
     """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"not saved: {name} has values that are not finite")
-    config = model.config
-    settings = asdict(config) | {
-        "num_hidden_layers": config.encoder_layers, "num_labels": config.num_labels,
-        "label2id": {label: index for index, label in config.id2label.items()}}
-    for f in fields(config):
-        is_default_null = f.default is None and settings[f.name] is None
-        if is_default_null or f.name == "lsg" or f.name in LSG_KEYS and not config.lsg:
-            del settings[f.name]
-    architecture = type(model).__name__.removeprefix("Barthez")
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    settings = published_config(settings, architecture, config.lsg, dtype)
+    config, architecture = model.config, type(model).__name__.removeprefix("Barthez")
+    settings = asdict(config) | asdict(model.generation_config)
+    settings = {key: value for key, value in settings.items() if key != "lsg" and (
+        config.lsg or key not in LSG_KEYS)}
+    for key in ("max_length", "decoder_start_token_id"):
+        if settings[key] is None:  # the default
+            del settings[key]
+    settings |= {
+        "architectures": [("LSG" if config.lsg else "") + "MBart" + architecture],
+        "model_type": "mbart", "is_encoder_decoder": True,
+        "num_hidden_layers": config.encoder_layers,
+        "label2id": {label: index for index, label in config.id2label.items()},
+        "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    if config.lsg:
+        settings["base_model_prefix"] = "lsg"
+        settings["auto_map"] = {  # the classes in the code that is published with the original
+            auto: f"ccdv/lsg-barthez-4096--modeling_lsg_mbart.LSGMBart{name}"
+            for auto, name in zip(AUTO_CLASSES, ARCHITECTURES)}
     write_checkpoint(folder, settings, model.state_dict(), tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------
+# Summaries
+
+
+def summarize(model, tokenizer, texts, *, max_source_length=None, batch_tokens=8192, progress=None,
+              **settings):
+    """Yields the summary of each text, in order.
+
+    Texts of similar length are summarized together: each window of 64 texts is sorted by length and
+    cut into batches of at most batch_tokens tokens, padding included, or of one text.
+    max_source_length: read so many tokens of each text. Otherwise a text that has more tokens than
+        the model has positions raises ValueError.
+    progress: called before each batch with the list of the indices of its texts.
+    settings: those of GenerationConfig. max_length is 128 if neither they nor the model have one.
+    With sparsity_type="lsh", which draws for a batch at once, the batches change the summaries.
+    """
+    if isinstance(texts, str):
+        raise ValueError("texts is one text: write [text]")
+    settings = {"max_length": model.generation_config.max_length or 128} | settings
+    settings["num_return_sequences"] = 1
+    texts, first = iter(texts), 0
+    while window := list(islice(texts, 64)):
+        rows = [tokenizer.encode(text, max_length=max_source_length) for text in window]
+        summaries, written = {}, 0
+        for batch in group_by_length([len(row) for row in rows], batch_tokens):
+            if progress:
+                progress([first + i for i in batch])
+            ids = pad([rows[i] for i in batch], tokenizer.pad_token_id, model)
+            out = model.generate(ids, ids != tokenizer.pad_token_id, **settings)
+            summaries |= {i: tokenizer.decode(row) for i, row in zip(batch, out)}
+            while written in summaries:  # as soon as those before it are ready, too
+                yield summaries[written]
+                written += 1
+        first += len(window)
+
+
+def group_by_length(lengths, batch_tokens):
+    """Lists of indices of similar lengths, short ones first. The number of indices in a list times
+    the greatest length is at most batch_tokens, unless there is only one."""
+    groups = [[]]
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if groups[-1] and lengths[i] * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def pad(rows, value, model):
+    """Lists of numbers as one tensor (B, T) on the model's device, filled up with `value`."""
+    length = max(map(len, rows))
+    rows = [row + [value] * (length - len(row)) for row in rows]
+    return torch.tensor(rows, device=next(model.parameters()).device)
 
 
 # ------------------------------------------------------------------------------------------------
 # The command line
 
-TASKS = {  # the default model and the architecture
-    "summarize": ("moussaKam/barthez-orangesum-abstract", "ForConditionalGeneration"),
-    "fill-mask": ("moussaKam/barthez", "ForConditionalGeneration"),
-    "classify": ("moussaKam/barthez-sentiment-classification", "ForSequenceClassification")}
+DEFAULT_MODELS = {"summarize": "moussaKam/barthez-orangesum-abstract",
+                  "fill_mask": "moussaKam/barthez"}
 OPTIONS = {  # keys of config.json that have an option of their own
     "num_beams": "1 is greedy search", "max_length": "in tokens", "min_length": "in tokens",
     "length_penalty": "above 0 favors long texts", "no_repeat_ngram_size": "0 allows repetition",
     "block_size": "of LSG attention", "sparsity_type": ", ".join(SPARSITY_TYPES[:-1])}
+NOT_TEXT = {  # how files begin that have to be converted
+    b"%PDF": "is a PDF: convert it with pdftotext",
+    b"PK\x03\x04": "is a Word, OpenDocument or other packed file: convert it with pandoc -t plain",
+    b"{\\rtf": "is an RTF file: convert it with pandoc -t plain",
+    b"\xd0\xcf\x11\xe0": "is an old Word file: save it as .docx, then convert it with pandoc",
+    b"<!DOCTYPE html": "is a web page: convert it with pandoc -t plain",
+    b"<html": "is a web page: convert it with pandoc -t plain",
+    b"version https://git-lfs": "is a pointer of git LFS: run git lfs pull"}
+
+
+def main():
+    keep_freed_memory()
+    options, overrides = parse_arguments()
+    check_names(overrides)
+    if options.summarize:
+        summarize_files(options, overrides)
+    else:
+        fill_mask(options, overrides)
 
 
 def parse_arguments():
     """The arguments, and the keys of config.json that they override."""
-    parser = argparse.ArgumentParser(description="Summarize long French documents.")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n\n")[0])
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--summarize", nargs="+", metavar="FILE",
-                      help="print a summary of each UTF-8 text file; - is standard input")
+                      help="print a summary of each text file; - is standard input")
     task.add_argument("--fill-mask", metavar="TEXT",
                       help="print the 5 most likely words for <mask> in TEXT")
-    task.add_argument("--classify", metavar="TEXT", help="print the label of TEXT")
     parser.add_argument("--model", help="Hub id, folder, or tiny, the bundled model (default: "
                         "a published BARThez made for the task)")
     parser.add_argument("--revision", help="branch, tag, commit or refs/pr/N on the Hub")
@@ -821,77 +834,79 @@ def parse_arguments():
     for key, text in OPTIONS.items():
         parser.add_argument("--" + key.replace("_", "-"), dest="set", action="append",
                             type=(key + "={}").format, metavar="VALUE", help=text)
-    arguments = parser.parse_args()
-
-    overrides = parse_settings(arguments.set)
-    given = {name for name, value in vars(arguments).items() if value is not None}
-    useless = {"num_return_sequences"}  # one text is printed
-    if overrides.get("lsg") is False:
-        useless |= LSG_KEYS.keys()
-    if not arguments.summarize:
-        useless |= {"max_source_length", *BEAM_SETTINGS}
-    unused = useless & (given | overrides.keys())
-    if unused:
-        raise ValueError(f"{', '.join(sorted(unused))}: no effect here, leave it out")
-    return arguments, overrides
+    options = parser.parse_args()
+    if options.max_source_length is not None and options.max_source_length < 3:
+        raise ValueError("--max-source-length: choose at least 3, for <s>, a token and </s>")
+    return options, parse_settings(options.set)
 
 
-def main():
-    keep_freed_memory()
-    arguments, overrides = parse_arguments()
-    if arguments.summarize:
-        summarize_files(arguments, overrides)
-    elif arguments.fill_mask is not None:
-        fill_mask(arguments.fill_mask, *load("fill-mask", arguments, overrides))
-    else:
-        classify(arguments.classify, *load("classify", arguments, overrides))
-
-
-def load(task, arguments, overrides):
-    """The model and tokenizer for a task. A checkpoint that was made for another is an error."""
-    default_model, architecture = TASKS[task]
-    source = default_model if arguments.model is None else arguments.model
-    options = overrides | {"architecture": architecture, "device": arguments.device,
-                           "dtype": arguments.dtype}
-    options["num_return_sequences"] = 1  # whatever the checkpoint says, one is printed
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", HeadWarning)
+def parse_settings(settings):
+    """["KEY=VALUE", …] as a dict. Values are JSON, or else text."""
+    values = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting}: expected KEY=VALUE, such as block_size=64")
         try:
-            return load_model(source, revision=arguments.revision, **options)
-        except HeadWarning as warning:
-            raise ValueError(f"{source} was not made for --{task}: {warning}") from None
-        except NoNetwork as error:
-            if arguments.model is not None or task != "summarize":
-                raise
-            notice(f"{error} Using the small bundled model instead. It was trained only on "
-                   "descriptions of software and manual pages.")
-            arguments.model, arguments.revision = "tiny", None
-            return load(task, arguments, overrides)
+            values[key] = json.loads(value)
+        except ValueError:
+            values[key] = value
+    return values
 
 
-def summarize_files(arguments, overrides):
+def load(options, overrides, task, texts):
+    """A model that writes, with positions for `texts`, its tokenizer, and how many tokens to read."""
+    source = DEFAULT_MODELS[task] if options.model is None else options.model
+    try:
+        folder = find_folder(source, options.revision)
+    except NoNetwork as error:
+        if (options.model, options.revision, task) != (None, None, "summarize"):
+            raise
+        folder = TINY
+        warnings.warn(f"{error} A tiny bundled model writes instead, which knows only descriptions "
+                      "of software: do not rely on its summaries.")
+    with loading(source):
+        config, tensors, tokenizer = read_checkpoint(folder, overrides)
+        if other_head(tensors):
+            raise ValueError("it was made for another task than to write text")
+        limit = options.max_source_length
+        if limit is not None:
+            needed = min(limit, max(len(tokenizer.encode(text)) for text in texts))
+            if needed > config["max_position_embeddings"]:
+                config, tensors = resize_positions(config, tensors, needed)
+        model = build_model(config, tensors, "ForConditionalGeneration")
+    limit = limit or model.config.max_position_embeddings
+    return model.to(options.device, getattr(torch, options.dtype)), tokenizer, limit
+
+
+def summarize_files(options, overrides):
     """Print a summary of each file, and one line on stderr for each file that cannot be read."""
-    texts = []  # (name, text)
-    for name in arguments.summarize:
+    names, texts = [], []
+    for name in options.summarize:
         try:
-            texts.append((name, read_text(name)))
+            texts.append(read_text(name))
+            names.append(name)
         except (ValueError, OSError) as error:
-            notice(f"barthez.py: {error}")
+            print(f"barthez.py: {error}", file=sys.stderr)
     if not texts:
         sys.exit(2)
-    model, tokenizer = load("summarize", arguments, overrides)
-    limit = arguments.max_source_length
-    if limit is None:
-        limit = tokenizer.model_max_length
-    # Only the model's tokenizer tells how many tokens there are. Then more positions may be needed.
-    needed = min(limit, max(len(tokenizer.encode(text)) for _, text in texts))
-    if needed > tokenizer.model_max_length:
-        overrides = overrides | {"max_position_embeddings": needed}
-        del model
-        model, tokenizer = load("summarize", arguments, overrides)
-    for name, text in texts:
-        print(summarize(model, tokenizer, name, text, limit), flush=True)
-    if len(texts) < len(arguments.summarize):
+    model, tokenizer, limit = load(options, overrides, "summarize", texts)
+    for name, text in zip(names, texts):
+        warn_if_cut(name, text, tokenizer, limit)
+
+    def show(batch):
+        more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+        print(f"\rsummarizing file {batch[0] + 1}{more} of {len(names)}\033[K", end="", file=sys.stderr,
+              flush=True)
+
+    on_terminal = sys.stderr.isatty()
+    summaries = summarize(model, tokenizer, texts, max_source_length=limit,
+                          progress=show if on_terminal else None)
+    for name, summary in zip(names, summaries):
+        if on_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        print(summary if len(options.summarize) == 1 else f"{name}\t{summary}", flush=True)
+    if len(texts) < len(options.summarize):
         sys.exit(2)
 
 
@@ -899,65 +914,73 @@ def read_text(name):
     """The text of a file, or of standard input for -."""
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        text = data.decode("utf-8-sig")
     except OSError as error:
         raise OSError(f"{name} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 (byte {error.start}): convert it, for example with "
-                         "iconv -f latin1 -t utf-8") from None
+    beginning = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip()
+    for start, advice in NOT_TEXT.items():
+        if beginning.startswith(start):
+            raise ValueError(f"{name} {advice}")
+    encoding = "utf-8-sig"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    text = data.decode(encoding, "replace")
     if "\0" in text:
         raise ValueError(f"{name} is not a text file")
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError as error:
+        invalid = text.count("\ufffd")
+        valid = sum(not character.isascii() for character in text) - invalid
+        if encoding == "utf-16" or valid > invalid:
+            raise ValueError(f"{name} is damaged at byte {error.start}: get a good copy") from None
+        raise ValueError(f"{name} is not UTF-8 (byte {error.start}): convert it, for example with "
+                         "iconv -f cp1252 -t utf-8") from None
     if not text.strip():
         raise ValueError(f"{name} is empty")
     return text
 
 
-def summarize(model, tokenizer, name, text, limit):
-    """The summary of the first `limit` tokens of a text. `name` is for notices."""
-    ids, whole = tokenizer.encode(text, max_length=limit), len(tokenizer.encode(text))
-    if len(ids) < whole:
-        notice(f"{name}: reading the first {len(ids):,} of {whole:,} tokens; --max-source-length "
-               f"{whole} reads all")
-
-    def progress(written, max_length):
-        notice(f"\r{name}: {len(ids):,} tokens read, {written} of up to {max_length} written",
-               end="")
-
-    on_terminal = sys.stderr.isatty()
-    out = model.generate(torch.tensor([ids], device=model.lm_head.weight.device),
-                         max_length=model.config.max_length or 128,
-                         progress=progress if on_terminal else None)
-    if on_terminal:
-        notice("\r\033[K", end="")
-    return tokenizer.decode(out[0])
+def warn_if_cut(name, text, tokenizer, limit):
+    length = len(tokenizer.encode(text))
+    if length > limit:
+        warnings.warn(f"{name}: reading the first {limit:,} of {length:,} tokens; "
+                      f"--max-source-length {length} reads all")
 
 
 @torch.inference_mode()
-def fill_mask(text, model, tokenizer):
+def fill_mask(options, overrides):
     """Print the five most likely words for each <mask> and their probabilities."""
-    ids = tokenizer(text, truncation=True)["input_ids"].to(model.lm_head.weight.device)  # (1, T)
+    text = options.fill_mask
+    model, tokenizer, limit = load(options, overrides, "fill_mask", [text])
+    warn_if_cut("--fill-mask", text, tokenizer, limit)
+    ids = pad([tokenizer.encode(text, max_length=limit)], 0, model)  # (1, T)
     positions = (ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]
     if not len(positions):
-        raise ValueError("--fill-mask needs a <mask> in its text")
+        raise ValueError(f"--fill-mask needs a <mask> among the first {limit:,} tokens of its text")
     logits = model(ids).logits[0, positions]  # (masks, V)
+    check_finite(logits)
     for probabilities, words in zip(*logits.float().softmax(-1).topk(5)):
         for probability, word in zip(probabilities, words):
             print(f"{probability:.3f} {tokenizer.decode([word])}")
 
 
-@torch.inference_mode()
-def classify(text, model, tokenizer):
-    """Print the label of the text and its probability, or the number that a regression predicts."""
-    ids = tokenizer(text, truncation=True)["input_ids"].to(model.model.shared.weight.device)
-    logits = model(ids).logits[0].float()  # (num_labels,)
-    if len(logits) == 1:
-        print(f"{logits.item():.3f}")
-        return
-    probabilities = logits.softmax(-1)
-    if model.config.problem_type == "multi_label_classification":
-        probabilities = logits.sigmoid()
-    probability, label = probabilities.max(-1)
-    print(f"{model.config.id2label[label.item()]} {probability:.3f}")
+def run(main):
+    """Run a program. An error is one line on stderr and exit status 2, Ctrl-C is 130; `python -X
+    dev` shows the traceback."""
+    program = Path(sys.argv[0]).name
+    warnings.formatwarning = lambda message, *_: f"{program}: {message}\n"
+    try:
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"{program}: {describe(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

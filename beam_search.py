@@ -1,4 +1,4 @@
-"""Beam search, the key/value cache that its beams share, and the hypotheses that it keeps.
+"""Beam search: its settings, the key/value cache that the beams share, and the texts that it keeps.
 
 Follows transformers 4.36.2, generation/utils.py and generation/beam_search.py, token for token.
 
@@ -8,36 +8,79 @@ Letters used for shapes:
 """
 
 import math
+from dataclasses import dataclass, fields
+from typing import get_args
 
 import torch
 from torch import nn
 
 
-def beam_search(next_logits, reorder, start, config, progress=None):
+@dataclass(frozen=True)
+class GenerationConfig:
+    """The settings of `generate`, which config.json and generation_config.json may contain."""
+    num_beams: int = 1  # 1 is greedy search
+    num_return_sequences: int = 1  # texts for each document, at most num_beams
+    max_length: int | None = None  # tokens, with the start token; None: 20
+    min_length: int = 0
+    length_penalty: float = 1.0  # a text scores its log-probability / length**length_penalty
+    no_repeat_ngram_size: int = 0  # 0 allows repetition
+    early_stopping: bool | str = False  # True: stop at num_beams finished texts; "never": search on
+    forced_eos_token_id: int | None = 2  # the last token of a text that reaches max_length
+
+    def __post_init__(self):
+        check_types(self)
+        for name, least in (("num_beams", 1), ("num_return_sequences", 1), ("max_length", 2),
+                            ("min_length", 0), ("no_repeat_ngram_size", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: choose at least {least}")
+        if self.num_return_sequences > self.num_beams:
+            raise ValueError(f"num_return_sequences={self.num_return_sequences} is more than "
+                             f"num_beams={self.num_beams}")
+        if self.max_length is not None and self.min_length > self.max_length:
+            raise ValueError(f"min_length={self.min_length} is above max_length={self.max_length}")
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(f"early_stopping={self.early_stopping!r}: choose true, false or never")
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty={self.length_penalty}: choose a number")
+
+
+def check_types(config):
+    """Raise ValueError if a field of a dataclass is not of its type. A float may also be an int."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        kinds = get_args(field.type) or (field.type,)  # int | None has the arguments int and None
+        if float in kinds:
+            kinds += (int,)
+        if type(value) not in kinds:  # a bool is no int here
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{field.name}={value!r}: expected {names}")
+
+
+def beam_search(next_logits, reorder, start, settings, eos_token_id, pad_token_id):
     """The most likely continuations of `start`. One beam is greedy search.
 
     next_logits: function of the newest tokens (B, beams) that returns logits (B, beams, V).
     reorder: function that tells the cache which beam each beam continues, (B, beams).
     start: the first token of each text, (B,).
-    config: the settings of generation; see BarthezConfig. max_length must be set.
-    progress: called before each step as progress(tokens written, max_length).
+    settings: a GenerationConfig whose max_length is set.
     Returns ids (B * num_return_sequences, L) with L <= max_length: the best text of each document
-    first, padded with pad_token_id.
+    first, padded with pad_token_id. Raises ValueError if logits are not finite.
     """
-    B, beams, max_length = len(start), config.num_beams, config.max_length
+    B, beams = len(start), settings.num_beams
     tokens = start[:, None, None].expand(B, beams, 1)  # (B, beams, L)
-    # All beams begin with the same token. Only the first may continue, otherwise all stay the same.
+    # All beams begin with the same token. Only the first may continue, otherwise all beams stay
+    # identical.
     scores = torch.full((B, beams), -1e9, device=start.device)
     scores[:, 0] = 0
-    hypotheses = [Hypotheses(config) for _ in range(B)]
+    hypotheses = [Hypotheses(settings, eos_token_id) for _ in range(B)]
 
-    while tokens.shape[2] < max_length and not all(h.done for h in hypotheses):
-        if progress:
-            progress(tokens.shape[2], max_length)
-
+    while tokens.shape[2] < settings.max_length and not all(h.done for h in hypotheses):
         # Score every token that could come next.
-        log_probs = next_logits(tokens[:, :, -1]).float().log_softmax(-1)  # (B, beams, V)
-        log_probs = forbid(log_probs, tokens, config)
+        logits = next_logits(tokens[:, :, -1])  # (B, beams, V)
+        check_finite(logits)
+        log_probs = logits.float().log_softmax(-1)
+        forbid(log_probs, tokens, settings, eos_token_id)
         totals = scores[..., None] + log_probs  # (B, beams, V)
 
         # Choose candidates: twice the beams, so that enough remain if every beam may end.
@@ -48,12 +91,12 @@ def beam_search(next_logits, reorder, start, config, progress=None):
         # Finish the hypotheses that end, and continue with the best others.
         beam_lists, token_lists = candidate_beam.tolist(), candidate_token.tolist()
         score_lists = candidate_scores.tolist()
-        continuing = [hypotheses[b].update(tokens[b], score_lists[b], beam_lists[b], token_lists[b])
-                      for b in range(B)]
-        continuing = torch.tensor(continuing, device=start.device)  # (B, beams)
-        scores = candidate_scores.gather(1, continuing)
-        beam = candidate_beam.gather(1, continuing)
-        token = candidate_token.gather(1, continuing)
+        ranks = [hypotheses[b].update(tokens[b], score_lists[b], beam_lists[b], token_lists[b])
+                 for b in range(B)]
+        ranks = torch.tensor(ranks, device=start.device)  # of the candidates to continue (B, beams)
+        scores = candidate_scores.gather(1, ranks)
+        beam = candidate_beam.gather(1, ranks)
+        token = candidate_token.gather(1, ranks)
         reorder(beam)
         tokens = tokens.gather(1, beam[..., None].expand_as(tokens))
         tokens = torch.cat([tokens, token[..., None]], dim=2)
@@ -61,44 +104,52 @@ def beam_search(next_logits, reorder, start, config, progress=None):
     texts = []
     for b, hypothesis in enumerate(hypotheses):
         texts += hypothesis.best(tokens[b], scores[b].tolist())
-    return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=config.pad_token_id)
+    return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=pad_token_id)
 
 
-def forbid(log_probs, tokens, config):
-    """log_probs (B, beams, V), with -inf where a token may not follow tokens (B, beams, L)."""
-    n, L = config.no_repeat_ngram_size, tokens.shape[2]
+def check_finite(logits):
+    """Raise ValueError if logits are NaN or infinite: the text would mean nothing."""
+    if not logits.isfinite().all():
+        cause = "its weights are damaged"
+        if logits.dtype == torch.float16:
+            cause = "float16 overflows: use bfloat16 or float32"
+        raise ValueError(f"the model computes numbers that are not finite ({cause})")
+
+
+def forbid(log_probs, tokens, settings, eos_token_id):
+    """Set log_probs (B, beams, V) to -inf where a token may not follow tokens (B, beams, L)."""
+    n, L = settings.no_repeat_ngram_size, tokens.shape[2]
     if 0 < n <= L:
         ngrams = tokens.unfold(2, n, 1)  # (B, beams, L - n + 1, n)
         last = tokens[:, :, None, L - n + 1:]  # the n - 1 newest tokens
         repeats = (ngrams[..., :-1] == last).all(-1)  # (B, beams, L - n + 1)
         batch, beam, position = repeats.nonzero(as_tuple=True)
         log_probs[batch, beam, ngrams[batch, beam, position, -1]] = -math.inf
-    if L < config.min_length:
-        log_probs[..., config.eos_token_id] = -math.inf
-    if L == config.max_length - 1 and config.forced_eos_token_id is not None:
-        log_probs = torch.full_like(log_probs, -math.inf)
-        log_probs[..., config.forced_eos_token_id] = 0
-    return log_probs
+    if L < settings.min_length:
+        log_probs[..., eos_token_id] = -math.inf
+    if L == settings.max_length - 1 and settings.forced_eos_token_id is not None:
+        log_probs[:] = -math.inf
+        log_probs[..., settings.forced_eos_token_id] = 0
 
 
 class Hypotheses:
     """The finished texts of one document. Keeps the num_beams best."""
 
-    def __init__(self, config):
-        self.config = config
+    def __init__(self, settings, eos_token_id):
+        self.settings, self.eos_token_id = settings, eos_token_id
         self.kept = []  # (score, ids) in the order of arrival
         self.done = False
 
     def update(self, tokens, scores, beams, next_tokens):
-        """Finish the candidates that end. Returns the indices of the num_beams that continue.
+        """Finish the candidates that end. Returns the ranks of the num_beams that continue.
 
         tokens: (beams, L). scores, beams, next_tokens: lists of the 2 * num_beams candidates, best
         first: the log-probability of the text, the beam that it continues, and its new token.
         """
-        num_beams, L = self.config.num_beams, tokens.shape[1]
+        num_beams, L = self.settings.num_beams, tokens.shape[1]
         continuing = []
         for rank, (score, beam, token) in enumerate(zip(scores, beams, next_tokens)):
-            if token != self.config.eos_token_id:
+            if token != self.eos_token_id:
                 continuing.append(rank)
             elif rank < num_beams and not self.done:
                 ids = torch.cat([tokens[beam], tokens.new_tensor([token])])
@@ -108,8 +159,8 @@ class Hypotheses:
 
     def add(self, ids, log_prob, length):
         """Keep the text if it is among the best. length: its tokens without the start token."""
-        score = log_prob / length ** self.config.length_penalty
-        if len(self.kept) == self.config.num_beams:
+        score = log_prob / length ** self.settings.length_penalty
+        if len(self.kept) == self.settings.num_beams:
             worst = min(range(len(self.kept)), key=lambda i: self.kept[i][0])
             if score <= self.kept[worst][0]:
                 return
@@ -118,15 +169,15 @@ class Hypotheses:
 
     def is_done(self, best_log_prob, length):
         """Whether to stop: the open beams are unlikely to beat the worst text that is kept."""
-        config = self.config
-        if len(self.kept) < config.num_beams:
+        settings = self.settings
+        if len(self.kept) < settings.num_beams:
             return False
-        if config.num_beams == 1 or config.early_stopping is True:
+        if settings.num_beams == 1 or settings.early_stopping is True:
             return True
-        if config.early_stopping == "never" and config.length_penalty > 0:
-            length = config.max_length - 1  # a longer text could still score higher
+        if settings.early_stopping == "never" and settings.length_penalty > 0:
+            length = settings.max_length - 1  # a longer text could still score higher
         worst = min(score for score, _ in self.kept)
-        return worst >= best_log_prob / length ** config.length_penalty
+        return worst >= best_log_prob / length ** settings.length_penalty
 
     def best(self, tokens, scores):
         """The ids of the num_return_sequences best texts, the best first.
@@ -137,26 +188,31 @@ class Hypotheses:
             for ids, score in zip(tokens, scores):
                 self.add(ids, score, length=len(ids) - 1)
         best = sorted(self.kept, key=lambda kept: kept[0])[::-1]  # among equals, the latest first
-        return [ids for _, ids in best[:self.config.num_return_sequences]]
+        return [ids for _, ids in best[:self.settings.num_return_sequences]]
 
 
 class Cache:
     """The keys and values of the tokens written so far.
 
     The beams of a document form one sequence for the decoder: each step appends one token per beam.
-    Keys are written once and never moved. Only `ancestors` changes when beams split or die:
-    ancestors[b, i, t * beams + j] says whether token j of step t is in the history of beam i.
+    Keys are written once and never moved, and those of the document are read once for all its
+    beams. `ancestors` masks each beam's own history: ancestors[b, i, t * beams + j] says whether
+    token j of step t is in the history of beam i. For example, two beams write two tokens each:
+
+        step 0   step 1                  after reorder([1, 1]), both beams continue the former 1:
+        1 0      1 0     beam 0          0 1      0 1     beam 0
+        0 1      0 1     beam 1          0 1      0 1     beam 1
     """
 
-    def __init__(self, config, batch_size, like):
-        """like: a tensor of the data type and device that the cache shall have."""
-        beams, heads = config.num_beams, config.decoder_attention_heads
-        shape = batch_size, heads, config.max_length * beams, config.d_model // heads
+    def __init__(self, like, num_layers, num_beams, max_length):
+        """like: keys (B, H, S, D), whose sizes, data type and device the cache shall have."""
+        B, H, _, D = like.shape
+        shape = B, H, max_length * num_beams, D
         self.layers = [LayerCache(like.new_empty(shape), like.new_empty(shape))
-                       for _ in range(config.decoder_layers)]
+                       for _ in range(num_layers)]
         self.position = -1  # of the newest token
-        itself = torch.eye(beams, dtype=torch.bool, device=like.device)
-        self.itself = itself.expand(batch_size, -1, -1)  # (B, beams, beams)
+        itself = torch.eye(num_beams, dtype=torch.bool, device=like.device)
+        self.itself = itself.expand(B, -1, -1)  # (B, beams, beams)
         self.ancestors = self.itself[..., :0]  # (B, beams, L * beams)
 
     def next_step(self):

@@ -18,18 +18,20 @@ queries of block 3 see, in the first head, the keys marked g, l and s:
             global  block 0  block 1  block 2  block 3  block 4  block 5  block 6
                g    . . . .  s . s .  l l l l  l l l l  l l l l  s . s .  . . . .
 
-They are at most num_global_tokens + 3 * block_size + 2 * sparse_block_size, however long the text
-is. Global queries see every token. `key_table` decides which keys a block sees, and the functions
-under *Sparse keys* make the subsample.
+A query of the text sees at most num_global_tokens + 3 * block_size + 2 * sparse_block_size keys,
+however long the text is: beyond its neighbors, it reaches sparse_block_size * sparsity_factor
+tokens to either side. What is farther away arrives through the global tokens, which see every
+token, and through the layers above. At the ends of the text, keys that would lie outside it are
+missing: nothing replaces them. `key_table` decides which keys a block sees, and the functions under
+*Sparse keys* make the subsample.
 
 Letters used for shapes:
-    B batch    H heads    D head dimension    T tokens, of which the first G are global
-    N blocks   K keys seen by a block         M sparse keys, N * block_size / sparsity_factor
-    J keys to choose from: G globals, N * block_size tokens of text, M sparse keys
+    B batch    H heads     D head dimension            T tokens, of which the first G are global
+    N blocks   M sparse keys, N * block_size / sparsity_factor    K keys seen by a block
+    S keys of any attention
 """
 
 import math
-from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +40,17 @@ from torch.utils.checkpoint import checkpoint
 SPARSITY_TYPES = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none", None)
 
 
+def full_attention(query, key, value, visible=None, dropout_p=0.0):
+    """softmax(query · key / √D) · value over the visible keys; 0 if there is none.
+
+    query (…, T, D), key and value (…, S, D), visible (…, T or 1, S), True where a key may be seen.
+    """
+    return F.scaled_dot_product_attention(query, key, value, visible, dropout_p)
+
+
 def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, sparse_block_size=128,
                   sparsity_factor=2, sparsity_type="norm", num_global_tokens=1,
-                  lsh_num_pre_rounds=1, adaptive=True, dropout_p=0.0):
+                  lsh_num_pre_rounds=1, adaptive=True, dropout_p=0.0, attention=full_attention):
     """Bidirectional self-attention. A text of at most 2 * block_size tokens gets full attention,
     since all of its blocks are neighbors.
 
@@ -53,6 +63,7 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
         torch.randn at each call, lsh_num_pre_rounds + 1 times.
     adaptive: False raises ValueError for a text that has to be padded to whole blocks.
     dropout_p: of attention weights; pass 0 in evaluation.
+    attention: computes what full_attention does, perhaps faster.
     Returns (B, H, T, D). Raises ValueError if the options do not fit together.
 
     >>> x = torch.randn(1, 2, 1 + 64, 8)
@@ -69,7 +80,7 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
         attention_mask = query.new_ones(B, T, dtype=torch.bool)
     visible = boolean_mask(attention_mask)[:, None]  # (B, 1, T)
     if text_length <= 2 * block_size:
-        return full_attention(query, key, value, visible[:, :, None], dropout_p)
+        return attention(query, key, value, visible[:, :, None], dropout_p)
 
     padding = -text_length % block_size
     if padding and not adaptive:
@@ -78,28 +89,54 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
     if padding:
         query, key, value = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value))
         visible = F.pad(visible, (0, padding))
-    num_tokens, num_blocks = T + padding, (text_length + padding) // block_size
+    visible = visible.expand(-1, H, -1)  # (B, H, T)
 
-    # Append the sparse keys to the globals and the text.
-    sparse_per_block = 0
+    num_blocks, sparse_per_block = (text_length + padding) // block_size, 0
+    sparse = key[:, :, :0], value[:, :, :0], visible[:, :, :0]  # no sparse keys
     if uses_sparse_keys(sparse_block_size, sparsity_factor, sparsity_type):
         sparse_per_block = block_size // sparsity_factor
-        # bos_pooling needs the text's first query.
-        sparse_key, sparse_value, sparse_visible = sparse_keys(
-            query[:, :, G], key[:, :, G:], value[:, :, G:], visible[:, :, G:].expand(-1, H, -1),
-            block_size, sparse_block_size, sparsity_factor, sparsity_type, lsh_num_pre_rounds)
-        key = torch.cat([key, sparse_key], dim=2)  # (B, H, J, D)
-        value = torch.cat([value, sparse_value], dim=2)  # (B, H, J, D)
-        visible = torch.cat([visible.expand(-1, H, -1), sparse_visible], dim=2)  # (B, H, J)
+        sparse = sparse_keys(
+            query[:, :, G:], key[:, :, G:], value[:, :, G:], visible[:, :, G:], sparsity_type,
+            sparsity_factor, block_size, min(block_size, sparse_block_size), lsh_num_pre_rounds)
+    table = key_table(num_blocks, G, block_size, sparse_per_block, sparse_block_size, query.device)
 
+    # On a CPU, process a few heads at a time, so that the gathered keys fit in its cache. Not in
+    # torch.compile, which would compile again for each number of pieces.
+    heads = B * H
+    if query.is_cpu and not torch.compiler.is_compiling():
+        heads = max(1, 20_000 // table.numel())
+    pieces = zip(*(x.flatten(0, 1).split(heads) for x in (query, key, value, visible, *sparse)))
+    if torch.is_grad_enabled():  # gather the keys again in the backward pass, to save memory
+        out = [checkpoint(attend, *piece, table, G, dropout_p, attention, use_reentrant=False)
+               for piece in pieces]
+    else:
+        out = [attend(*piece, table, G, dropout_p, attention) for piece in pieces]
+    return torch.cat(out).unflatten(0, (B, H))[:, :, :T]
+
+
+def attend(query, key, value, visible, sparse_key, sparse_value, sparse_visible, table, G,
+           dropout_p, attention):
+    """LSG attention of some heads, whose number is written "…": (…, T, D) -> (…, T, D).
+
+    The text has whole blocks. sparse_key and sparse_value (…, M, D) and sparse_visible (…, M) are
+    those of `sparse_keys`, and table (N, K) is that of `key_table`.
+    """
     # The global queries attend to every token.
-    from_globals = full_attention(query[:, :, :G], key[:, :, :num_tokens], value[:, :, :num_tokens],
-                                  visible[:, :, None, :num_tokens], dropout_p)
+    from_globals = attention(query[..., :G, :], key, value, visible[..., None, :], dropout_p)
 
     # Each block of queries attends to the keys in its row of the table.
-    table = key_table(num_blocks, G, block_size, sparse_per_block, sparse_block_size, query.device)
-    from_text = attend_blocks(query[:, :, G:], key, value, visible, table, dropout_p)
-    return torch.cat([from_globals, from_text], dim=2)[:, :, :T]
+    index = table.clamp(min=0).flatten()
+
+    def gather(x, sparse_x, dim):
+        return torch.cat([x, sparse_x], dim).index_select(dim, index).unflatten(dim, table.shape)
+
+    block_key = gather(key, sparse_key, -2)  # (…, N, K, D)
+    block_value = gather(value, sparse_value, -2)  # (…, N, K, D)
+    block_visible = gather(visible, sparse_visible, -1) & (table >= 0)  # (…, N, K)
+    block_query = query[..., G:, :].unflatten(-2, (len(table), -1))  # (…, N, block_size, D)
+    from_text = attention(block_query, block_key, block_value, block_visible[..., None, :],
+                          dropout_p)
+    return torch.cat([from_globals, from_text.flatten(-3, -2)], dim=-2)
 
 
 def key_table(num_blocks, num_global_tokens, block_size, sparse_per_block, sparse_block_size,
@@ -127,7 +164,8 @@ def key_table(num_blocks, num_global_tokens, block_size, sparse_per_block, spars
 
     globals_ = torch.arange(num_global_tokens, device=device).expand(num_blocks, -1)
     local = window((block - 1) * block_size, 3 * block_size, num_text, num_global_tokens)
-    # The sparse keys end where those of the block before begin, and go on after those of the next.
+    # The sparse keys before end where those of the previous block begin; the sparse keys after
+    # begin where those of the next block end.
     size = min(sparse_block_size, num_sparse)  # 0 if there are no sparse keys
     offset = num_global_tokens + num_text
     before = window((block - 1) * sparse_per_block - size, size, num_sparse, offset)
@@ -135,31 +173,12 @@ def key_table(num_blocks, num_global_tokens, block_size, sparse_per_block, spars
     return torch.cat([globals_, local, before, after], dim=1)
 
 
-def attend_blocks(query, key, value, visible, table, dropout_p=0.0):
-    """Attention of each block of queries to the keys in its row of the table (N, K).
-
-    query (…, N * block_size, D), key and value (…, J, D), visible (…, J) -> the shape of query.
-    """
-    index = table.clamp(min=0).flatten()
-    key = key.index_select(-2, index).unflatten(-2, table.shape)  # (…, N, K, D)
-    value = value.index_select(-2, index).unflatten(-2, table.shape)  # (…, N, K, D)
-    visible = visible.index_select(-1, index).unflatten(-1, table.shape)  # (…, N, K)
-    visible = (visible & (table >= 0))[..., None, :]  # (…, N, 1, K)
-    query = query.unflatten(-2, (len(table), -1))  # (…, N, block_size, D)
-    return full_attention(query, key, value, visible, dropout_p).flatten(-3, -2)
-
-
-def full_attention(query, key, value, visible=None, dropout_p=0.0):
-    """softmax(query · key / √D) · value over the visible keys; 0 if there is none.
-
-    query (…, L, D), key and value (…, S, D), visible (…, L or 1, S), True where a key may be seen.
-    """
-    return F.scaled_dot_product_attention(query, key, value, visible, dropout_p)
-
-
 def boolean_mask(mask):
-    """The mask as booleans. Raises ValueError for a float mask that may be additive."""
-    if mask.is_floating_point() and not (((mask == 0) | (mask == 1)).all() and mask.any()):
+    """The mask as booleans. Raises ValueError if it may be an additive mask: if it has values other
+    than 0 and 1, or no 1. torch.compile leaves out this check."""
+    if mask.dtype == torch.bool or torch.compiler.is_compiling():
+        return mask.bool()
+    if not (((mask == 0) | (mask == 1)).all() and mask.any()):
         raise ValueError("attention_mask must be True or 1 where a key may be seen, False or 0 "
                          "elsewhere (for an additive mask: pass mask == 0)")
     return mask.bool()
@@ -176,46 +195,49 @@ def boolean_mask(mask):
 #     lsh            in each chunk of tokens, the means of the keys in the same bucket of a hash
 #
 # For norm and lsh, a chunk is min(block_size, sparse_block_size) tokens of text, which make
-# chunk_size / sparsity_factor keys.
+# chunk_size / sparsity_factor keys. So sparse_block_size has two roles, a quirk of the original: it
+# is also the number of sparse keys that a query sees on either side.
 
 
 def uses_sparse_keys(sparse_block_size, sparsity_factor, sparsity_type):
     return sparse_block_size > 0 and sparsity_factor > 0 and sparsity_type not in ("none", None)
 
 
-def sparse_keys(first_query, key, value, visible, block_size, sparse_block_size, sparsity_factor,
-                sparsity_type, lsh_num_pre_rounds):
+def sparse_keys(query, key, value, visible, sparsity_type, factor, block_size, chunk_size,
+                lsh_num_pre_rounds):
     """The keys and values (B, H, M, D) of the subsample, and whether they may be seen (B, H, M).
 
-    key, value (B, H, length, D) and visible (B, H, length) are those of the padded text, and
-    first_query (B, H, D) is its first query.
+    query, key, value (B, H, N * block_size, D) and visible (B, H, N * block_size) are those of the
+    text. The other arguments are explained above.
     """
-    chunk_size = min(block_size, sparse_block_size)
-    if sparsity_factor == 1:
+    if factor == 1:
         return key, value, visible
-    if sparsity_type == "lsh" and chunk_size > sparsity_factor:  # more than one bucket
-        return lsh(key, value, visible, chunk_size, sparsity_factor, lsh_num_pre_rounds)
+    if sparsity_type == "lsh" and chunk_size == factor:
+        sparsity_type = "bos_pooling"  # one key per chunk: the original does not hash then
+    if sparsity_type == "lsh":
+        return lsh(key, value, visible, chunk_size, factor, lsh_num_pre_rounds)
+    if sparsity_type == "norm":
+        return select(norm(key, visible, chunk_size, factor), key, value, visible)
+    if sparsity_type == "stride":
+        return select(stride(key, factor), key, value, visible)
+    if sparsity_type == "block_stride":
+        return select(block_stride(key, block_size, factor), key, value, visible)
 
-    # Select keys.
-    if sparsity_type in ("norm", "stride", "block_stride"):
-        if sparsity_type == "norm":
-            index = norm(key, visible, chunk_size, sparsity_factor)
-        elif sparsity_type == "stride":
-            index = stride(key, sparsity_factor)
-        else:
-            index = block_stride(key, block_size, sparsity_factor)
-        batch = torch.arange(len(key), device=key.device)[:, None, None]
-        head = torch.arange(key.shape[1], device=key.device)[:, None]
-        return key[batch, head, index], value[batch, head, index], visible[batch, head, index]
-
-    # Average neighbors.
-    key, value, visible = (x.unflatten(2, (-1, sparsity_factor)) for x in (key, value, visible))
+    # pooling and bos_pooling average each group of `factor` neighbors.
+    key, value, visible = (x.unflatten(2, (-1, factor)) for x in (key, value, visible))
     if sparsity_type == "pooling":
         weight = (visible / (visible.sum(-1, keepdim=True) + 1e-6)).to(key.dtype)
-    else:  # bos_pooling; also lsh with a single bucket per chunk, as in the original
-        weight = bos_weight(first_query, key, visible)
+    else:
+        weight = bos_weight(query[:, :, 0], key, visible)
     weight = weight[..., None]  # (B, H, M, factor, 1)
     return (weight * key).sum(3), (weight * value).sum(3), visible.any(3)
+
+
+def select(index, *tensors):
+    """The tokens number `index` (B, H, M) of tensors (B, H, length, …)."""
+    batch = torch.arange(index.shape[0], device=index.device)[:, None, None]
+    head = torch.arange(index.shape[1], device=index.device)[:, None]
+    return [x[batch, head, index] for x in tensors]
 
 
 def norm(key, visible, chunk_size, factor):
@@ -245,7 +267,10 @@ def block_stride(key, block_size, factor):
 
 
 def bos_weight(first_query, key, visible):
-    """The attention weights (B, H, M, factor) of the text's first token within each group."""
+    """The attention weights (B, H, M, factor) of the text's first token within each group.
+
+    first_query (B, H, D), key (B, H, M, factor, D), visible (B, H, M, factor).
+    """
     score = torch.einsum("bhd,bhmfd->bhmf", first_query, key) / math.sqrt(key.shape[-1])
     return score.masked_fill(~visible, torch.finfo(score.dtype).min).softmax(-1)
 
@@ -306,48 +331,3 @@ def check_options(block_size, sparse_block_size, sparsity_factor, sparsity_type,
         raise ValueError(
             f"{sparsity_type} subsamples chunks of min({block_size=}, {sparse_block_size=}) tokens:"
             f" they must divide block_size and be divisible by {sparsity_factor=}")
-
-
-# ------------------------------------------------------------------------------------------------
-# Speed. From here on, attend_blocks and full_attention are replaced by faster functions. Delete the
-# rest of the file, and the results are the same, but for rounding and the draws of dropout.
-
-
-def heads_in_pieces(attend):
-    """On CPUs, attend a few heads at a time, so that the gathered keys fit in the cache. In the
-    backward pass, gather them again rather than keep them: training then needs less memory."""
-    @wraps(attend)
-    def attend_in_pieces(query, key, value, visible, table, dropout_p=0.0):
-        B, H, _, _ = query.shape
-        num_heads = max(1, 20_000 // table.numel()) if query.is_cpu else B * H
-        call = attend
-        if torch.is_grad_enabled():
-            call = partial(checkpoint, attend, use_reentrant=False)
-        tensors = query, key, value, visible.expand(-1, H, -1)
-        pieces = zip(*(x.flatten(0, 1).split(num_heads) for x in tensors))
-        out = torch.cat([call(*piece, table, dropout_p) for piece in pieces])
-        return out.unflatten(0, (B, H))
-    return attend_in_pieces
-
-
-def written_out(attention):
-    """On CPUs, compute the softmax in PyTorch where the fused kernel is slow: for few queries, and
-    in bfloat16 also for a block of queries and for training."""
-    @wraps(attention)
-    def attention_written_out(query, key, value, visible=None, dropout_p=0.0):
-        bf16 = query.dtype == torch.bfloat16
-        few_queries = query.shape[-2] <= (256 if bf16 else 8)
-        slow = query.is_cpu and (few_queries or (bf16 and torch.is_grad_enabled()))
-        if visible is None or not slow:
-            return attention(query, key, value, visible, dropout_p)
-        query = query / math.sqrt(query.shape[-1])
-        # Except in bfloat16, the product whose first factor has more rows is the faster one.
-        scores = query @ key.mT if bf16 else (key @ query.mT).mT  # (…, T, K)
-        scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)
-        out = F.dropout(scores.softmax(-1), dropout_p) @ value
-        return out.masked_fill(~visible.any(-1, keepdim=True), 0)
-    return attention_written_out
-
-
-attend_blocks = heads_in_pieces(attend_blocks)
-full_attention = written_out(full_attention)

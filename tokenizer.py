@@ -83,17 +83,18 @@ class BarthezTokenizer:
         return bos + ids + eos + second
 
     def decode(self, ids, skip_special_tokens=True):
-        """The text of a list or 1-D tensor of ids."""
+        """The text of a list or 1-D tensor of ids. An id without a piece gives nothing: the
+        vocabulary of a model may be padded to a larger size."""
         text, run = "", []  # run: pieces that are not decoded yet
         for id in map(int, ids):
-            if not 0 <= id < len(self):
-                raise ValueError(f"id {id} is outside the vocabulary of {len(self)} pieces")
-            if id not in self.special_tokens:
-                run.append(id)
-            elif not skip_special_tokens:
+            if id < 0:
+                raise ValueError(f"id {id} is not a token: replace -100 by pad_token_id")
+            if id in self.special_tokens and not skip_special_tokens:
                 space = " " if run else ""
                 text += space + self.pieces.decode(run) + self.special_tokens[id]
                 run = []
+            elif id not in self.special_tokens and id < len(self):
+                run.append(id)
         return (text + self.pieces.decode(run)).strip()
 
     def __call__(self, text, pair=None, *, truncation=False, max_length=None, padding=False,
@@ -109,12 +110,9 @@ class BarthezTokenizer:
         pairs = [pair] if isinstance(pair, str) else list(pair or [None] * len(texts))
         if len(texts) != len(pairs):
             raise ValueError(f"{len(texts)} texts, but {len(pairs)} pairs: each text needs its own")
-        if padding not in (False, True, "longest", "max_length"):
-            raise ValueError(f"{padding=}: choose False, True, 'longest' or 'max_length'")
-        if truncation not in (False, True):
-            raise ValueError(f"{truncation=}: choose False or True, which cuts the longer text")
-        if pad_to_multiple_of and not padding:
-            raise ValueError(f"{pad_to_multiple_of=} needs padding=True")
+        if padding not in (False, True, "longest", "max_length") or truncation not in (False, True):
+            raise ValueError(f"{padding=}, {truncation=}: padding is False, True, 'longest' or "
+                             "'max_length', and truncation is False or True")
         if max_length is None:
             max_length = self.model_max_length
         if max_length is None and (truncation or padding == "max_length"):

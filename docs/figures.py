@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from load_weights import run
+from barthez import run
 from lsg import lsg_attention
 
 LENGTHS = ROOT / "benchmarks" / "lengths.json"

@@ -25,7 +25,7 @@ def same_start():
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Keep tests away from the real Hub and from the user's cache."""
-    for name in [name for name in os.environ if name.startswith("HF_")]:
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HF_HUB_CACHE", "/nonexistent/hub")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

@@ -6,15 +6,15 @@ Letters used for shapes:
 """
 
 import math
-from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
 
 import barthez
-from barthez import (Attention, BarthezConfig, BarthezForCausalLM, BarthezForConditionalGeneration,
+from barthez import (Attention, BarthezConfig, BarthezForConditionalGeneration,
                      BarthezForQuestionAnswering, BarthezForSequenceClassification, BarthezModel,
-                     init_weights, shift_right)
+                     SkipInit, config_from, shift_right)
+from beam_search import GenerationConfig
 from conftest import GOLDENS, assert_close
 from load_weights import GLOBALS, read_tensors
 from lsg import full_attention
@@ -22,7 +22,7 @@ from lsg import full_attention
 SIZES = dict(vocab_size=19, d_model=12, encoder_layers=2, decoder_layers=3,
              encoder_attention_heads=3, decoder_attention_heads=2, encoder_ffn_dim=10,
              decoder_ffn_dim=14, max_position_embeddings=60, block_size=4, sparse_block_size=4,
-             dropout=0.0)
+             dropout=0.0, init_std=0.4)
 SELECTIONS = "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none"
 BARTHEZ = dict(vocab_size=50002, d_model=768, encoder_layers=6, decoder_layers=6,
                encoder_attention_heads=12, decoder_attention_heads=12, encoder_ffn_dim=3072,
@@ -32,7 +32,6 @@ BARTHEZ = dict(vocab_size=50002, d_model=768, encoder_layers=6, decoder_layers=6
 def model_of(kind=BarthezForConditionalGeneration, **changes):
     torch.manual_seed(1)
     model = kind(BarthezConfig(**SIZES | changes)).eval()
-    init_weights(model, std=0.4)
     for name, tensor in model.state_dict().items():  # biases that are not 0, norms that are not 1
         if name.endswith("bias") or "norm" in name:
             tensor += 0.3 * torch.randn(tensor.shape)
@@ -61,17 +60,10 @@ def largest_difference(a, b):
 # Configuration
 
 
-def test_unknown_keys_of_the_config_are_ignored():
-    config = BarthezConfig.from_dict(SIZES | {"transformers_version": "4.36.2", "use_cache": True})
-    assert config == BarthezConfig(**SIZES)
-
-
-@pytest.mark.parametrize("alias, name, value", [
-    ("hidden_size", "d_model", 24), ("num_attention_heads", "encoder_attention_heads", 4),
-    ("attention_probs_dropout_prob", "attention_dropout", 0.25),
-    ("lsg_num_pre_rounds", "lsh_num_pre_rounds", 3)])
-def test_the_names_on_the_model_card_are_accepted(alias, name, value):
-    assert getattr(BarthezConfig.from_dict(SIZES | {alias: value}), name) == value
+def test_each_config_takes_its_own_keys_of_config_json():
+    settings = SIZES | {"num_beams": 3, "transformers_version": "4.36.2"}
+    assert config_from(BarthezConfig, settings) == BarthezConfig(**SIZES)
+    assert config_from(GenerationConfig, settings) == GenerationConfig(num_beams=3)
 
 
 @pytest.mark.parametrize("settings, labels", [
@@ -83,8 +75,8 @@ def test_the_names_on_the_model_card_are_accepted(alias, name, value):
     ({"id2label": {"0": "a", "1": "b"}, "num_labels": 3},
      {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}),
     ({"id2label": None}, {0: "LABEL_0", 1: "LABEL_1"})])
-def test_labels_and_their_number_agree(settings, labels):
-    config = BarthezConfig.from_dict(SIZES | settings)
+def test_num_labels_wins_over_id2label(settings, labels):
+    config = config_from(BarthezConfig, SIZES | settings)
     assert config.id2label == labels and config.num_labels == len(labels)
 
 
@@ -95,25 +87,20 @@ def test_defaults_are_the_published_ones():
         "norm", 1, 1)
     assert config.adaptive and config.pool_with_global and config.pass_global_tokens_to_decoder
     assert not config.mask_first_token and not config.scale_embedding
-    assert config.forced_eos_token_id == 2 and config.activation_function == "gelu"
+    assert config.init_std == 0.02 and config.activation_function == "gelu"
 
 
-@pytest.mark.parametrize("missing", ["vocab_size", "d_model", "decoder_ffn_dim"])
-def test_a_missing_size_is_an_error_that_names_it(missing):
-    settings = {key: value for key, value in SIZES.items() if key != missing}
-    with pytest.raises(ValueError, match=missing):
-        BarthezConfig.from_dict(settings)
+def test_a_missing_size_is_an_error_that_names_it():
+    settings = {key: value for key, value in SIZES.items() if key != "d_model"}
+    with pytest.raises(ValueError, match="d_model is missing"):
+        config_from(BarthezConfig, settings)
 
 
 @pytest.mark.parametrize("name, value", [
     ("num_global_tokens", 0), ("num_global_tokens", 513), ("activation_function", "geglu"),
-    ("encoder_attention_heads", 5), ("decoder_attention_heads", 0), ("num_beams", 0),
-    ("min_length", -1), ("no_repeat_ngram_size", -2), ("max_length", 1),
-    ("early_stopping", "always"), ("sparsity_type", "random"), ("block_size", 0),
-    ("sparse_block_size", -4), ("sparsity_factor", 3), ("lsh_num_pre_rounds", -1),
-    ("d_model", 12.0), ("d_model", "12"), ("num_beams", True), ("adaptive", "yes"),
-    ("dropout", 1.5), ("init_std", math.nan), ("eos_token_id", 19), ("pad_token_id", -1),
-    ("num_return_sequences", 2), ("problem_type", "ranking"), ("vocab_size", 10**12)])
+    ("encoder_attention_heads", 5), ("decoder_attention_heads", 0), ("sparsity_type", "random"),
+    ("block_size", 0), ("sparsity_factor", 3), ("d_model", 12.0), ("d_model", "12"),
+    ("encoder_layers", True), ("adaptive", "yes"), ("eos_token_id", 19), ("pad_token_id", -1)])
 def test_an_impossible_value_is_an_error_that_names_it(name, value):
     with pytest.raises(ValueError) as error:
         BarthezConfig(**SIZES | {name: value})
@@ -122,85 +109,30 @@ def test_an_impossible_value_is_an_error_that_names_it(name, value):
         assert name in str(error.value)
 
 
-def test_lsg_options_need_not_fit_together_for_full_attention():
-    assert BarthezConfig(**SIZES | {"lsg": False, "block_size": 7, "sparsity_factor": 3})
-
-
 def test_null_in_config_json_is_the_default():
-    names = "dropout", "num_beams", "id2label", "block_size", "sparsity_type", "max_length"
-    config = BarthezConfig.from_dict(SIZES | dict.fromkeys(names))
-    assert (config.dropout, config.num_beams, config.num_labels) == (0.1, 1, 2)
-    assert config.block_size == 128
-    assert config.sparsity_type is None and config.max_length is None  # null is a value of these
-
-
-def test_a_config_cannot_be_changed():
-    with pytest.raises(FrozenInstanceError):
-        BarthezConfig(**SIZES).num_beams = 3
+    names = "dropout", "id2label", "block_size", "sparsity_type", "num_beams", "max_length"
+    settings = SIZES | dict.fromkeys(names)
+    config, generation = (config_from(kind, settings) for kind in (BarthezConfig, GenerationConfig))
+    assert (config.dropout, config.num_labels, config.block_size) == (0.1, 2, 128)
+    assert generation.num_beams == 1
+    assert config.sparsity_type is None and generation.max_length is None  # values of their own
 
 
 # ------------------------------------------------------------------------------------------------
 # Names
 
 
-def published_names(config):
-    """The keys of a published checkpoint, written out."""
-    names = {"model.shared.weight", "final_logits_bias", "lm_head.weight"}
-    affine = "weight", "bias"
-    for stack, layers in ("encoder", config.encoder_layers), ("decoder", config.decoder_layers):
-        names |= {f"model.{stack}.{table}.weight" for table in ("embed_tokens", "embed_positions")}
-        names |= {f"model.{stack}.{norm}.{kind}" for kind in affine
-                  for norm in ("layernorm_embedding", "layer_norm")}
-        attentions = ["self_attn"] + ["encoder_attn"] * (stack == "decoder")
-        parts = ["fc1", "fc2", "final_layer_norm"] + [f"{name}_layer_norm" for name in attentions]
-        parts += [f"{name}.{x}_proj" for name in attentions for x in ("q", "k", "v", "out")]
-        names |= {f"model.{stack}.layers.{i}.{part}.{kind}" for i in range(layers)
-                  for part in parts for kind in affine}
-    return names
-
-
-def head_names(*layers):
-    return {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-
-
-LM_HEAD = {"final_logits_bias", "lm_head.weight"}
-
-
-def test_names_are_those_of_published_checkpoints():
-    dense, lsg = model_of(lsg=False), model_of()
-    assert dense.state_dict().keys() == published_names(dense.config)
-    assert lsg.state_dict().keys() == published_names(lsg.config) | {GLOBALS}
-    assert lsg.state_dict()[GLOBALS].shape == (512, 12)
-
-
 def test_names_are_those_that_transformers_writes():
-    written = read_tensors(GOLDENS / "plain" / "model.safetensors").keys()
-    names = published_names(BarthezConfig(**SIZES))
-    assert written == names - {"lm_head.weight", "model.encoder.embed_tokens.weight",
-                               "model.decoder.embed_tokens.weight"}
+    """tests/goldens/plain has as many layers. test_golden.py loads the other heads."""
+    names = read_tensors(GOLDENS / "plain" / "model.safetensors").keys()
+    names |= {"lm_head.weight", "model.encoder.embed_tokens.weight",
+              "model.decoder.embed_tokens.weight"}  # tied
+    assert model_of(lsg=False).state_dict().keys() == names
+    assert model_of().state_dict().keys() == names | {GLOBALS}
 
 
-@pytest.mark.parametrize("kind, head", [
-    (BarthezForSequenceClassification,
-     head_names("classification_head.dense", "classification_head.out_proj")),
-    (BarthezForQuestionAnswering, head_names("qa_outputs")), (BarthezModel, set())])
-def test_names_of_the_other_heads(kind, head):
-    model = model_of(kind)
-    prefix = "model." if kind is BarthezModel else ""
-    assert {prefix + name for name in model.state_dict()} == (
-        published_names(model.config) - LM_HEAD | {GLOBALS} | head)
-
-
-def test_names_of_the_decoder_alone():
-    model = model_of(BarthezForCausalLM)
-    assert model.state_dict().keys() == {"lm_head.weight"} | {
-        name for name in published_names(model.config) if name.startswith("model.decoder.")}
-
-
-def test_barthez_has_139_221_504_parameters(monkeypatch):
-    for layer in torch.nn.Linear, torch.nn.Embedding:  # initialization takes a second
-        monkeypatch.setattr(layer, "reset_parameters", lambda layer: None)
-    with torch.device("meta"):
+def test_barthez_has_139_221_504_parameters():
+    with torch.device("meta"), SkipInit():
         model = BarthezForConditionalGeneration(BarthezConfig(**BARTHEZ, lsg=False))
     assert sum(parameter.numel() for parameter in model.parameters()) == 139_221_504
 
@@ -238,11 +170,11 @@ def test_attention_is_four_projections_around_its_function(S):
 def test_attention_drops_weights_only_in_training():
     calls = []
 
-    def attend(query, key, value, visible, dropout_p):
+    def recording(query, key, value, visible, dropout_p):
         calls.append(dropout_p)
         return full_attention(query, key, value, visible, dropout_p)
 
-    attention, x = Attention(12, 3, dropout=0.25, attend=attend), torch.randn(2, 4, 12)
+    attention, x = Attention(12, 3, 0.25, attention=recording), torch.randn(2, 4, 12)
     for training in True, False:
         attention.train(training)(x, *attention.keys_values(x), None)
     assert calls == [0.25, 0.0]
@@ -340,11 +272,10 @@ def test_activations_are_their_formulas(name):
 @torch.no_grad()
 def test_lsg_equals_the_formula_if_the_window_covers_the_text():
     ids, target = text_of(29), text_of(6, seed=9)
-    wide, narrow = model_of(block_size=32, sparse_block_size=32), model_of()
+    wide, narrow = (model_of(block_size=size, sparse_block_size=size) for size in (32, 4))
     expected, _ = oracle(wide, ids[0], torch.ones(29), target[0])
-    assert_close(wide(ids, decoder_input_ids=target).encoder_last_hidden_state[0], expected)
-    assert largest_difference(narrow(ids, decoder_input_ids=target).encoder_last_hidden_state[0],
-                              expected) > 1e-2
+    assert_close(wide.model.encoder(ids)[0][0], expected)
+    assert largest_difference(narrow.model.encoder(ids)[0][0], expected) > 1e-2
 
 
 # ------------------------------------------------------------------------------------------------
@@ -381,19 +312,20 @@ def test_a_padded_row_equals_the_row_alone_for_each_head(kind, output):
     assert_close(rows, alone[0])
 
 
-def test_a_mask_may_have_any_type():
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_mask_may_have_any_type(dtype):
     model, (ids, mask) = model_of(), padded(21, 13)
-    expected = model(ids, mask).logits
-    for dtype in torch.int64, torch.float32:
-        assert torch.equal(model(ids, mask.to(dtype)).logits, expected)
+    assert torch.equal(model(ids, mask.to(dtype)).logits, model(ids, mask).logits)
 
 
+@pytest.mark.parametrize("hidden", [-math.inf, -10_000])  # in a float and in an integer mask
 @pytest.mark.parametrize("changes", [{}, {"lsg": False}])
-def test_a_mask_that_is_added_to_scores_is_refused(changes):
-    ids, mask = padded(21, 13)
-    additive = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+def test_a_mask_that_is_added_to_scores_is_refused(changes, hidden):
+    model, (ids, mask) = model_of(**changes), padded(21, 13)
     with pytest.raises(ValueError, match="attention_mask must be True or 1"):
-        model_of(**changes)(ids, additive)
+        model(ids, torch.where(mask, 0, hidden))
+    with pytest.raises(ValueError, match="attention_mask must be True or 1"):
+        model.model.decoder(ids, attention_mask=torch.where(mask, 0, hidden))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -433,12 +365,6 @@ def test_the_decoder_does_not_see_a_masked_first_token(passed):
     assert states.shape == (1, 9 + 2 * passed, 12)
 
 
-def test_the_mask_of_the_caller_does_not_change():
-    mask = torch.ones(1, 30).long()
-    model_of(mask_first_token=True)(text_of(30), mask)
-    assert mask.all()
-
-
 @pytest.mark.parametrize("length", [7, 30])
 @torch.no_grad()
 def test_global_tokens_are_passed_pooled_or_dropped(length):
@@ -458,15 +384,6 @@ def test_global_tokens_are_passed_pooled_or_dropped(length):
 def test_pool_with_global_has_no_effect_if_globals_are_passed():
     a, b = (model_of(pool_with_global=pool)(text_of(30)).logits for pool in (True, False))
     assert torch.equal(a, b)
-
-
-@torch.no_grad()
-def test_scaling_concerns_only_token_embeddings():
-    scaled, by_hand = model_of(scale_embedding=True), model_of()
-    by_hand.model.shared.weight *= math.sqrt(12)
-    ids = text_of(30)
-    assert_close(scaled.model.encoder(ids)[0], by_hand.model.encoder(ids)[0])
-    assert_close(scaled.model.decoder(ids), by_hand.model.decoder(ids))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -491,12 +408,6 @@ def test_the_loss_is_the_mean_over_the_labels_that_count():
     assert_close(out.loss, sum(losses) / 6)
 
 
-def test_the_labels_of_the_caller_do_not_change():
-    labels = torch.tensor([[8, 2, -100, -100]])
-    model_of()(text_of(20), labels=labels)
-    assert labels.tolist() == [[8, 2, -100, -100]]
-
-
 @torch.no_grad()
 def test_classification_reads_the_state_of_the_last_end():
     model = model_of(BarthezForSequenceClassification, id2label={0: "a", 1: "b", 2: "c"})
@@ -513,18 +424,27 @@ def test_a_text_without_end_cannot_be_classified():
         model_of(BarthezForSequenceClassification)(torch.tensor([[0, 5, 2], [0, 5, 6]]))
 
 
+def test_labels_of_a_classifier_are_whole_numbers():
+    model, ids = model_of(BarthezForSequenceClassification), text_of(9)
+    loss = model(ids, labels=torch.tensor([1])).loss
+    assert_close(loss, -model(ids).logits.log_softmax(-1)[0, 1])
+    for labels in torch.tensor([1.0]), torch.tensor([[0.0, 1.0]]):
+        with pytest.raises(ValueError, match="numbers of classes"):
+            model(ids, labels=labels)
+
+
 @torch.no_grad()
 def test_the_decoder_does_not_see_ahead():
-    model, ids = model_of(BarthezForCausalLM), text_of(20)
+    decoder, ids = model_of().model.decoder, text_of(20)
     other = ids.clone()
     other[0, 12] = 4 + (ids[0, 12] - 3) % 15
-    a, b = model(ids).logits, model(other).logits
+    a, b = decoder(ids), decoder(other)
     assert_close(a[:, :12], b[:, :12])
     assert largest_difference(a[:, 12:], b[:, 12:]) > 1e-3
     mask = torch.ones_like(ids)
-    assert_close(model(ids, mask).logits, a)
+    assert_close(decoder(ids, attention_mask=mask), a)
     mask[0, 12] = 0
-    a, b = model(ids, mask).logits, model(other, mask).logits
+    a, b = decoder(ids, attention_mask=mask), decoder(other, attention_mask=mask)
     assert_close(a[:, 13:], b[:, 13:])
 
 
@@ -534,12 +454,6 @@ def test_a_text_beyond_the_positions_is_an_error_that_names_the_remedy(stack):
     getattr(model.model, stack)(text_of(60))
     with pytest.raises(ValueError, match="61 tokens.*60 positions.*max_position_embeddings"):
         getattr(model.model, stack)(text_of(61))
-
-
-def test_without_adaptive_the_text_must_be_whole_blocks():
-    assert model_of(adaptive=False)(text_of(32)).logits.isfinite().all()
-    with pytest.raises(ValueError, match="30 tokens.*block_size=4.*adaptive=True"):
-        model_of(adaptive=False)(text_of(30))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -562,25 +476,15 @@ def test_dropout_is_applied_to_embeddings_and_sublayers(length):
 
 
 @pytest.mark.parametrize("length", [7, 30])
+@pytest.mark.parametrize("name, next_layer", [
+    ("attention_dropout", "out_proj.weight"), ("activation_dropout", "fc2.weight")])
 @torch.no_grad()
-def test_attention_dropout_is_applied_in_all_attentions(length):
-    """If all weights are dropped, an attention returns its output bias."""
-    model, ids, target = trained(attention_dropout=1.0), text_of(length), text_of(6)
+def test_dropout_inside_a_sublayer_is_applied_in_both_stacks(name, next_layer, length):
+    """If all is dropped, the next layer returns its bias."""
+    model, ids, target = trained(**{name: 1.0}), text_of(length), text_of(6)
     actual = model(ids, decoder_input_ids=target)
-    for name, parameter in model.named_parameters():
-        if name.endswith("out_proj.weight"):
-            parameter.zero_()
-    expected = model.eval()(ids, decoder_input_ids=target)
-    assert_close(actual.encoder_last_hidden_state, expected.encoder_last_hidden_state)
-    assert_close(actual.logits, expected.logits)
-
-
-@torch.no_grad()
-def test_activation_dropout_is_applied_in_both_stacks():
-    model, ids, target = trained(activation_dropout=1.0), text_of(30), text_of(6)
-    actual = model(ids, decoder_input_ids=target)
-    for name, parameter in model.named_parameters():
-        if name.endswith("fc2.weight"):
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith(next_layer):
             parameter.zero_()
     expected = model.eval()(ids, decoder_input_ids=target)
     assert_close(actual.encoder_last_hidden_state, expected.encoder_last_hidden_state)
@@ -676,10 +580,11 @@ def test_gradients_equal_finite_differences():
         assert_close((parameter.grad * direction).sum(), (above - below) / 2e-6, 1e-6)
 
 
-def test_fresh_weights_are_drawn_as_mbart_does():
-    config = BarthezConfig(**SIZES | {"d_model": 96, "vocab_size": 500})
-    model = BarthezForConditionalGeneration(config)
-    init_weights(model, std=0.03)
+@pytest.mark.parametrize("kind", [BarthezForConditionalGeneration, BarthezForQuestionAnswering,
+                                  BarthezForSequenceClassification])
+def test_fresh_weights_are_drawn_as_mbart_does(kind):
+    sizes = {"d_model": 96, "vocab_size": 500, "tie_word_embeddings": False, "init_std": 0.03}
+    model = kind(BarthezConfig(**SIZES | sizes))
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert (parameter == name.endswith("weight")).all(), name
@@ -687,5 +592,5 @@ def test_fresh_weights_are_drawn_as_mbart_does():
             assert not parameter.any(), name
         else:
             rows = parameter[2:] if name == "model.shared.weight" else parameter
-            assert rows.std().item() == pytest.approx(0.03, rel=0.1), name
+            assert rows.std().item() == pytest.approx(0.03, rel=0.2), name
     assert not model.model.shared.weight[1].any()  # <pad>

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from barthez import load_model, save_model
 from conftest import GOLDENS
 
 ROOT = Path(__file__).parent.parent
@@ -24,14 +25,14 @@ def test_python_blocks_run(capsys, tmp_path, monkeypatch):
         if language == "python":
             exec(compile(block, "README.md", "exec"), names)
     assert names["states"].shape[::2] == (1, 256) and names["loss"].isfinite()
+    assert names["ids"].shape[0] == 4
     assert capsys.readouterr().out.endswith("torch.Size([2, 501, 64])\n")
-    trained = {name for name, p in names["model"].named_parameters() if p.requires_grad}
-    assert trained == {"model.encoder.global_embeddings.weight"}
     assert (tmp_path / "my-model" / "model.safetensors").exists()
 
 
 def run(line, folder):
     """Run one of the README's commands with the toy model instead of those on the Hub."""
+    line = line.partition(" > ")[0].replace("*.txt", "file.txt file.txt")  # the shell's part
     words = [sys.executable if word == "python" else word for word in shlex.split(line)]
     toy = str(GOLDENS / "plain")
     words = [toy if word.startswith("moussaKam/") else word for word in words]
@@ -54,10 +55,20 @@ def test_commands_run_in_their_order(tmp_path):
     (tmp_path / "file.txt").write_text("Le train est parti. La ville dort.")
     lines = [line for language, block in BLOCKS if language == "bash"
              for line in block.strip().splitlines() if line.startswith("python ")]
-    assert len(lines) >= 5
+    assert len(lines) >= 7
     for line in lines:
-        run(line, tmp_path)
-    assert (tmp_path / "lsg-barthez" / "model.safetensors").exists()
+        printed = run(line, tmp_path)
+        if "*.txt" in line:
+            assert printed.count("file.txt\t") == 2
+    assert (tmp_path / "my-model" / "model.safetensors").exists()
+
+
+def test_the_line_that_converts_works(tmp_path, monkeypatch):
+    line, = re.findall(r"`(save_model\(.*\))`", README)
+    monkeypatch.chdir(tmp_path)
+    exec(line.replace("moussaKam/barthez", str(GOLDENS / "plain")),
+         {"load_model": load_model, "save_model": save_model})
+    assert load_model("my-lsg-barthez")[0].config.max_position_embeddings == 16384
 
 
 def test_the_first_command_prints_what_is_shown_below_it():

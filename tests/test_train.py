@@ -1,5 +1,6 @@
 """train.py: the data that the model sees, learning, and runs that fail or are interrupted."""
 
+import itertools
 import json
 import os
 import random
@@ -16,18 +17,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import barthez
 import train
 from conftest import GOLDENS, assert_close
 from tokenizer import BarthezTokenizer
 
 ROOT = Path(__file__).parent.parent
+TOKENIZER = BarthezTokenizer(GOLDENS / "plain" / "sentencepiece.bpe.model")
 SENTENCES = ["Le ministre est à Paris.", "Les élèves sont dans la rue.", "Il a signé un accord.",
              "La ville a fermé ses écoles.", "Elle est partie en train."]
-NO_DROPOUT = "dropout=0.0", "attention_dropout=0.0", "activation_dropout=0.0"
+NO_DROPOUT = "--set", "dropout=0.0", "attention_dropout=0.0", "activation_dropout=0.0"
 
 
-def write_pairs(path):
+@pytest.fixture
+def pairs(tmp_path):
+    """A file with 24 pairs."""
     rng = random.Random(3)
+    path = tmp_path / "pairs.jsonl"
     with open(path, "w") as file:
         for _ in range(24):
             document = rng.choices(SENTENCES, k=rng.randrange(1, 5))
@@ -35,37 +41,32 @@ def write_pairs(path):
     return path
 
 
-@pytest.fixture
-def pairs(tmp_path):
-    return write_pairs(tmp_path / "pairs.jsonl")
-
-
 def arguments(pairs, output, *options):
     """A command line that trains the toy model."""
     return [str(argument) for argument in (
         "train.py", "--model", GOLDENS / "plain", "--train", pairs, "--output", output,
         "--batch-tokens", 300, "--learning-rate", 1e-3, "--precision", "float32", "--set",
-        "max_position_embeddings=256", "block_size=8", "sparse_block_size=8", "max_length=8",
+        "max_position_embeddings=256", "block_size=8", "sparse_block_size=8", "max_length=24",
         *options)]
 
 
-def main(command, program=train):
-    """Run a program in this process."""
-    old, sys.argv = sys.argv, command
+def main(command):
+    """Run train.py in this process."""
+    old, sys.argv = sys.argv, [str(word) for word in command]
     try:
-        program.main()
+        train.main()
     finally:
         sys.argv = old
 
 
 def run(pairs, output, *options):
-    """Train the toy model in this process; returns the saved weights."""
+    """Train the toy model in this process. Returns the saved weights."""
     main(arguments(pairs, output, *options))
     return load_file(output / "model.safetensors")
 
 
 def run_child(arguments, status=0):
-    """Run Python in a process of its own; returns what it prints to stderr."""
+    """Run Python in a process of its own. Returns what it prints to stderr."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     child = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, timeout=120,
                            capture_output=True, text=True, check=False)
@@ -82,7 +83,83 @@ def assert_same(a, b, tolerance=0.0):
 
 
 # ------------------------------------------------------------------------------------------------
-# Data and ROUGE
+# Pairs and batches
+
+
+def read(path, source=256, target=24):
+    options = Namespace(max_source_length=source, max_target_length=target)
+    return train.read_pairs(path, TOKENIZER, options)
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes('\ufeff{"document": "été", "summary": "a"}\r\n\n{"document": "", '
+                     '"summary": "b"}\n\n'.encode())
+    assert [pair["source"] for pair in read(path)] == [TOKENIZER.encode("été"), [0, 2]]
+
+
+GOOD_LINE = b'{"document": "a", "summary": "b"}\n'
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"{", "line 1, "), (b'{"document": 3, "summary": "b"}', "line 1, "),
+    (b'{"document": "a"}', "line 1, "), (b'["a"]', "line 1, "), (b"[" * 10 ** 6, "line 1, "),
+    (GOOD_LINE + '{"document": "été", "summary": "b"}'.encode("latin-1"), "line 2, "),
+    (GOOD_LINE * 2 + rb'{"document": "\ud800", "summary": "b"}', "line 3, "), (b"\n", "is empty")])
+def test_a_line_that_is_no_pair_is_named(tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"bad.jsonl,? {message}"):
+        read(path)
+
+
+def test_texts_that_are_cut_are_counted_once_and_keep_their_end(pairs, capsys):
+    longer = sum(len(pair["source"]) > 40 for pair in read(pairs, target=64))
+    assert capsys.readouterr().err == "" and 0 < longer < 24
+    rows = [pair["source"] for pair in read(pairs, source=40, target=64)]
+    assert capsys.readouterr().err == (f"{longer} of 24 documents in {pairs} are longer than "
+                                       "--max-source-length 40 tokens: their ends are not read\n")
+    assert max(map(len, rows)) == 40
+    assert all(row[-1] == TOKENIZER.eos_token_id for row in rows)
+
+
+def test_batches_have_every_pair_once_keep_their_size_and_differ_between_epochs():
+    lengths = [random.Random(i).randrange(5, 90) for i in range(200)]
+    pairs = [{"i": i, "source": [7, 7], "target": (length - 2) * [7]}
+             for i, length in enumerate(lengths)]
+
+    def two_epochs(seed):
+        lists = train.shuffled(pairs, Namespace(seed=seed, batch_tokens=300))
+        for _ in range(2):
+            epoch = []
+            while sum(map(len, epoch)) < len(pairs):
+                epoch.append([pair["i"] for pair in next(lists)])
+            assert sorted(itertools.chain(*epoch)) == list(range(200))
+            assert max(len(group) * max(lengths[i] for i in group) for group in epoch) <= 300
+            yield sorted(epoch)
+
+    first, second = two_epochs(seed=1)
+    assert first != second
+    assert [first, second] == list(two_epochs(seed=1)) != list(two_epochs(seed=2))
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss and ROUGE
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_loss_is_the_formula(pairs, smoothing):
+    model, _ = barthez.load_model(GOLDENS / "plain")
+    batch = train.make_batch(read(pairs)[:5], model)
+    loss = train.cross_entropy(model, batch, smoothing)
+    input_ids, attention_mask, decoder_input_ids, labels = batch
+    assert (labels == -100).any() and not attention_mask.all()
+    log_p = model(input_ids, attention_mask, decoder_input_ids).logits.double().log_softmax(-1)
+    expected = 0
+    for row, targets in zip(log_p, labels):
+        for position, target in zip(row, targets[targets != -100]):
+            expected -= (1 - smoothing) * position[target] + smoothing * position.mean()
+    assert_close(loss / expected, torch.ones((), dtype=torch.float64), 1e-6)
 
 
 def test_rouge_by_hand():
@@ -92,39 +169,29 @@ def test_rouge_by_hand():
     assert train.rouge("", "mot") == (0, 0, 0)
 
 
-def test_batches_contain_every_pair_once_and_keep_their_size():
-    lengths = [random.Random(i).randrange(5, 90) for i in range(200)]
-    pairs = [(length // 2 * [7], (length - length // 2) * [7]) for length in lengths]
-    groups = train.group_by_length(pairs, 300)
-    assert sorted(i for group in groups for i in group) == list(range(200))
-    assert max(len(group) * max(lengths[i] for i in group) for group in groups) <= 300
+def test_rouge_is_the_definition():
+    rng = random.Random(0)
+    for _ in range(50):
+        a, b = rng.choices("xyz", k=rng.randrange(2, 8)), rng.choices("xyz", k=rng.randrange(2, 8))
+        for n in 1, 2:
+            left, right = ([tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+                           for words in (a, b))
+            common = sum(min(left.count(gram), right.count(gram)) for gram in {*left})
+            f1 = train.rouge(" ".join(a), " ".join(b))[n - 1]
+            assert f1 == pytest.approx(2 * common / (len(left) + len(right)))
+        common = max(length for length in range(len(a) + 1)
+                     if {*itertools.combinations(a, length)} & {*itertools.combinations(b, length)})
+        f1 = train.rouge(" ".join(a), " ".join(b))[2]
+        assert f1 == pytest.approx(2 * common / (len(a) + len(b)))
 
 
-def test_lines_with_a_byte_order_mark_and_blank_lines_can_be_read(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"document": "\xc3\xa9t\xc3\xa9"}\r\n\n{"document": ""}\n\n')
-    assert train.read_lines(path, ["document"]) == [{"document": "été"}, {"document": ""}]
-
-
-GOOD_LINE = b'{"document": "a", "summary": "b"}\n'
-
-
-@pytest.mark.parametrize("content, line", [
-    (b"{", 1), (b'{"document": 3, "summary": "b"}', 1), (b'{"document": "a"}', 1), (b'["a"]', 1),
-    (b"3", 1), (b"null", 1), (b"[" * 10 ** 6, 1),
-    (GOOD_LINE + '{"document": "été", "summary": "b"}'.encode("latin-1"), 2),
-    (GOOD_LINE + GOOD_LINE + rb'{"document": "\ud800", "summary": "b"}', 3)])
-def test_a_line_that_is_no_pair_is_named(tmp_path, content, line):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"bad.jsonl, line {line}, "):
-        train.read_lines(path)
-
-
-def test_an_empty_file_is_an_error(tmp_path):
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="empty.jsonl is empty"):
-        train.read_lines(tmp_path / "empty.jsonl")
+@pytest.mark.parametrize("other", [
+    "Les e\u0301le\u0300ves de\u0301ploient de\u0301ja\u0300 l\u2019affiche",  # NFD
+    "Les élèves déploient déjà l’a\ufb03che",  # a ligature
+    "Les élè\u00adves dé\u00adploient déjà l’af\u00adfiche"])  # soft hyphens
+def test_rouge_of_the_same_words_in_another_encoding_is_one(other):
+    assert train.rouge("Les élèves déploient déjà l’affiche", other) == (1, 1, 1)
+    assert train.rouge(other, "Les élèves déploient déjà l’affiche") == (1, 1, 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -132,26 +199,34 @@ def test_an_empty_file_is_an_error(tmp_path):
 
 
 def test_the_loss_falls(pairs, tmp_path, capsys):
-    run(pairs, tmp_path / "model", "--steps", 12, "--evaluate-every", 6, "--validation", pairs,
+    run(pairs, tmp_path / "model", "--steps", 8, "--evaluate-every", 4, "--validation", pairs,
         "--evaluate-on", 2, "--num-beams", 1)
-    losses = re.findall(r"validation loss (\d+\.\d+)", capsys.readouterr().err)
+    losses = re.findall(r"cross-entropy per token (\d+\.\d+)", capsys.readouterr().err)
     assert len(losses) == 2 and float(losses[1]) < float(losses[0]) - 0.1
 
 
+def test_the_learning_rate_rises_and_falls_linearly(pairs, tmp_path, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def step_and_note(optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_and_note)
+    run(pairs, tmp_path / "model", "--steps", 5, "--warmup", 0.6, "--learning-rate", 0.01)
+    assert rates == pytest.approx([0.01 / 3, 0.02 / 3, 0.006, 0.004, 0.002])
+
+
 def test_accumulated_batches_count_as_one(pairs, tmp_path):
+    lists = train.shuffled(read(pairs), Namespace(seed=1, batch_tokens=400))
+    assert sum(map(len, itertools.islice(lists, 5))) == 24  # all pairs
     options = *NO_DROPOUT, "--steps", 1, "--batch-tokens"
     once = run(pairs, tmp_path / "once", *options, 100000)
-    tokenizer = BarthezTokenizer(GOLDENS / "plain" / "sentencepiece.bpe.model")
-    lengths = Namespace(max_source_length=None, max_target_length=None)
-    ids = train.encode_pairs(train.read_lines(pairs), tokenizer, lengths)
-    several = len(train.group_by_length(ids, 400, "1 0"))
-    assert several > 2
-    several = run(pairs, tmp_path / "several", *options, 400, "--accumulate", several)
-    assert_same(several, once, 3e-4)
+    assert_same(run(pairs, tmp_path / "five", *options, 400, "--accumulate", 5), once, 3e-4)
 
 
 PRINT_NORMS = """
-import load_weights, torch, train
+import barthez, torch, train
 clip = torch.nn.utils.clip_grad_norm_
 def clip_and_print(weights, most):
     norm = clip(weights, most)
@@ -164,7 +239,7 @@ torch.nn.utils.clip_grad_norm_ = clip_and_print
 def test_two_processes_train_as_one_that_accumulates(pairs, tmp_path, capsys, monkeypatch):
     options = *NO_DROPOUT, "--steps", 6, "--learning-rate", 1e-4
     script = tmp_path / "script.py"
-    script.write_text(PRINT_NORMS + "load_weights.run(train.main)")
+    script.write_text(PRINT_NORMS + "barthez.run(train.main)")
     command = arguments(pairs, tmp_path / "two", *options, "--accumulate", 2)
     printed_by_two = run_child(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                                 "2", str(script), *command[1:]])
@@ -177,6 +252,13 @@ def test_two_processes_train_as_one_that_accumulates(pairs, tmp_path, capsys, mo
     assert len(numbers[1]) == 8  # two lines of progress, six norms
     assert_close(numbers[0], numbers[1], 2e-3)
     assert_same(load_file(tmp_path / "two" / "model.safetensors"), one, 3e-4)
+
+
+def test_options_of_the_update_have_an_effect(pairs, tmp_path):
+    usual = run(pairs, tmp_path / "usual", "--steps", 1)["model.shared.weight"]
+    for name, value in (("label-smoothing", 0.5), ("weight-decay", 0.5), ("seed", 2)):
+        changed = run(pairs, tmp_path / name, "--steps", 1, f"--{name}", value)
+        assert not changed["model.shared.weight"].equal(usual), name
 
 
 def test_only_the_global_embeddings_change_if_asked(pairs, tmp_path):
@@ -195,111 +277,153 @@ def test_gradient_checkpointing_changes_no_result(pairs, tmp_path):
 def test_the_best_model_is_saved_not_the_last(pairs, tmp_path, monkeypatch):
     weights, scores = [], [0.1, 0.3, 0.2]
 
-    def evaluate(model):
+    def measure(model, *_):
         weights.append({name: weight.clone() for name, weight in model.state_dict().items()})
-        return scores[len(weights) - 1], "evaluated"
+        return scores[len(weights) - 1], "measured"
 
-    training_pairs = train.training_pairs
-    monkeypatch.setattr(train, "training_pairs", lambda *a: (training_pairs(*a)[0], evaluate))
-    saved = run(pairs, tmp_path / "model", "--steps", 3, "--evaluate-every", 1)
+    monkeypatch.setattr(train, "measure", measure)
+    saved = run(pairs, tmp_path / "model", "--steps", 3, "--evaluate-every", 1, "--validation",
+                pairs)
     assert_same(saved, {name: weights[1][name] for name in saved})
 
 
-def test_bfloat16_is_the_default_only_where_the_processor_has_it(monkeypatch, pairs, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for supported, precision in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda s=supported: s)
-        options = train.training_parser("", "").parse_args(["--model", str(GOLDENS / "plain")])
-        train.load(options)
-        assert options.precision == precision
+@pytest.mark.parametrize("in_checkpoint, given, max_length, num_beams", [
+    (9, [], 9, 3), (None, [], 128, 3), (9, ["--max-target-length", 14], 14, 3),
+    (9, ["--num-beams", 2], 9, 2)])
+def test_the_saved_model_writes_as_it_was_measured(pairs, tmp_path, capsys, in_checkpoint, given,
+                                                   max_length, num_beams):
+    shutil.copytree(GOLDENS / "plain", tmp_path / "start")
+    config = json.loads((tmp_path / "start" / "config.json").read_text())
+    config |= {"max_length": in_checkpoint, "num_beams": 3, "no_repeat_ngram_size": 0}
+    (tmp_path / "start" / "config.json").write_text(json.dumps(config))
+    command = arguments(pairs, tmp_path / "model", "--model", tmp_path / "start", "--steps", 1,
+                        "--validation", pairs, "--evaluate-on", 1, *given)
+    command.remove("max_length=24")
+    main(command)
+    saved = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (saved["max_length"], saved["num_beams"]) == (max_length, num_beams)
+    model, tokenizer = barthez.load_model(tmp_path / "model")
+    [pair] = random.Random(0).sample(read(pairs), 1)
+    [summary] = barthez.summarize(model, tokenizer, [pair["document"]])
+    assert f"for example {summary!r}\n" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------
 # Interrupted runs
 
 
+def test_an_interrupted_run_resumes_to_the_same_result(pairs, tmp_path, capsys, monkeypatch):
+    options = ("--steps", 4, "--evaluate-every", 2, "--validation", pairs, "--evaluate-on", 1,
+               "--num-beams", 2)
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    whole = run(pairs, tmp_path / "whole", *options)
+    for name, call, resumed_after in (("update", 4, 3), ("measure", 1, 1), ("save_model", 2, 3),
+                                      ("save_checkpoint", 4, 2)):
+        calls, function = itertools.count(1), getattr(train, name)
+
+        def interrupted(*arguments):
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            return function(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train, name, interrupted)
+            run(pairs, tmp_path / name, *options)
+        assert_same(run(pairs, tmp_path / name, *options), whole)
+        assert f"resuming after step {resumed_after} of 4" in capsys.readouterr().err
+
+
 KILLED = """
-import os, signal, train
+import os, signal, torch, train
 train.CHECKPOINT_SECONDS = 0
-update = train.update
-def update_until_killed(module, optimizer, step, *rest):
-    if step == 6:
+save = torch.save
+def save_half(state, path):
+    save(state, path)
+    if state["progress"]["step"] == 3:
+        os.truncate(path, 10_000)
         os.kill(os.getpid(), signal.SIGKILL)
-    return update(module, optimizer, step, *rest)
-train.update = update_until_killed
+torch.save = save_half
 train.main()
 """
 
 
-def test_a_killed_run_resumes_to_the_same_result(pairs, tmp_path, capsys):
-    options = "--steps", 8, "--evaluate-every", 4, "--validation", pairs, "--evaluate-on", 2
-    whole = run(pairs, tmp_path / "whole", *options)
-    command = arguments(pairs, tmp_path / "killed", *options)
+def test_a_run_that_was_killed_while_it_saved_resumes(pairs, tmp_path, capsys):
+    whole = run(pairs, tmp_path / "whole", "--steps", 4)
+    command = arguments(pairs, tmp_path / "killed", "--steps", 4)
     run_child(["-c", KILLED, *command[1:]], status=-signal.SIGKILL)
-    assert_same(run(pairs, tmp_path / "killed", *options), whole)
-    assert "resuming after step 5 of 8" in capsys.readouterr().err
+    assert_same(run(pairs, tmp_path / "killed", "--steps", 4), whole)
+    assert "resuming after step 2 of 4" in capsys.readouterr().err
 
 
-def test_a_finished_run_is_not_repeated(pairs, tmp_path, capsys):
+def test_a_finished_run_is_not_repeated_wherever_its_files_are(pairs, tmp_path, capsys):
     first = run(pairs, tmp_path / "model", "--steps", 2)
     capsys.readouterr()
-    assert_same(run(pairs, tmp_path / "model", "--steps", 2), first)
+    moved = shutil.move(tmp_path / "model", tmp_path / "moved"), shutil.move(pairs, tmp_path / "x")
+    assert_same(run(moved[1], moved[0], "--steps", 2, "--gradient-checkpointing"), first)
     said = capsys.readouterr().err
-    assert "loss" not in said
-    assert f"The best model, that of step 2, is in {tmp_path / 'model'}." in said
+    assert "loss" not in said and f"the best model, of step 2, is in {moved[0]}\n" in said
+
+
+def refused(pairs, tmp_path, message, *options):
+    """The run is refused, and leaves the folder as it is."""
+    before = (tmp_path / "model" / "config.json").read_bytes()
+    remedy = "choose another --output, or delete that folder"
+    with pytest.raises(ValueError, match=f"{message}.*: .*{remedy}$"):
+        run(pairs, tmp_path / "model", "--steps", 1, *options)
+    assert (tmp_path / "model" / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("options, difference", [
-    (["--steps", 1], "steps was 2 and is now 1"),
+    (["--steps", 2], "steps was 1 and is now 2"),
     (["--learning-rate", 0.5], r"learning_rate was 0.001 and is now 0.5"),
-    (["--seed", 7], "seed was 1 and is now 7"),
-    (["--model", "other"], "model was .* and is now"),
-    (["--set", "dropout=0.5"], "set was .* and is now"),
-    (["--train", "other.jsonl"], "train was .* and is now")])
-def test_a_run_with_other_options_does_not_resume(pairs, tmp_path, options, difference):
-    run(pairs, tmp_path / "model", "--steps", 2)
-    if "other.jsonl" in options:
-        options = ["--train", tmp_path / "other.jsonl"]
-        options[1].write_text(pairs.read_text().replace("Paris", "Lyon"))
-    if "other" in options:
-        options = ["--model", tmp_path / "other"]
-        run(pairs, tmp_path / "other", "--steps", 1)
-    with pytest.raises(ValueError, match=difference):
-        run(pairs, tmp_path / "model", "--steps", 2, *options)
-    run(pairs, tmp_path / "model", "--steps", 2, *options, "--start-over")
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "text", "another program"])
-def test_a_damaged_checkpoint_is_one_line_with_the_remedy(pairs, tmp_path, damage):
-    path = tmp_path / "model" / "checkpoint.pt"
-    before = run(pairs, tmp_path / "model", "--steps", 2)
-    content = bytearray(path.read_bytes())
-    if damage == "another program":
-        torch.save({"model": before}, path)
-    else:
-        content[len(content) // 2] ^= 1
-        path.write_bytes({"cut": content[:1000], "empty": b"", "one bit": content,
-                          "text": b"text"}[damage])
-    with pytest.raises(ValueError, match="is damaged or is not from this program.*--start-over"):
-        run(pairs, tmp_path / "model", "--steps", 2)
-    assert_same(run(pairs, tmp_path / "model", "--steps", 2, "--start-over"), before)
-
-
-def test_a_second_run_into_the_same_folder_is_refused(pairs, tmp_path):
-    options = train.training_parser("", "").parse_args(
-        ["--model", "plain", "--output", str(tmp_path / "model")])
-    with train.output_folder(options), pytest.raises(ValueError, match="another run is using"):
-        run(pairs, tmp_path / "model", "--steps", 1)
+    (["--model", "copy"], "model was .*plain and is now .*copy"),
+    (["--set", "dropout=0.5"], r"\(dropout was 0.1 and is now 0.5\)"),
+    (["--train", "other.jsonl"], r"\(sha256 of --train was \w+ and is now \w+\)")])
+def test_another_run_does_not_resume(pairs, tmp_path, monkeypatch, options, difference):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(GOLDENS / "plain", "copy")
+    Path("other.jsonl").write_text(pairs.read_text().replace("Paris", "Lyon"))
     run(pairs, tmp_path / "model", "--steps", 1)
+    refused(pairs, tmp_path, difference, *options)
 
 
-def test_a_model_from_elsewhere_is_not_replaced(pairs, tmp_path):
+def test_a_run_with_more_processes_does_not_resume(pairs, tmp_path, monkeypatch):
+    run(pairs, tmp_path / "model", "--steps", 1)
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    refused(pairs, tmp_path, "number of processes was 1 and is now 2")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "another program"])
+def test_a_damaged_checkpoint_is_refused_and_the_remedies_work(pairs, tmp_path, damage):
+    path = tmp_path / "model" / "checkpoint.pt"
+    weights = run(pairs, tmp_path / "model", "--steps", 1)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes({"cut": content[:1000], "empty": b""}.get(damage, content))
+    if damage == "another program":
+        torch.save({"model": weights}, path)
+    refused(pairs, tmp_path, "is damaged or is not from this program")
+    assert_same(run(pairs, tmp_path / "another", "--steps", 1), weights)
+    shutil.rmtree(tmp_path / "model")
+    assert_same(run(pairs, tmp_path / "model", "--steps", 1), weights)
+
+
+def test_a_model_without_checkpoint_is_not_replaced(pairs, tmp_path):
     shutil.copytree(GOLDENS / "plain", tmp_path / "model")
-    before = (tmp_path / "model" / "config.json").read_text()
-    with pytest.raises(ValueError, match="has a model.*--start-over"):
-        run(pairs, tmp_path / "model", "--steps", 1)
-    assert (tmp_path / "model" / "config.json").read_text() == before
-    run(pairs, tmp_path / "model", "--steps", 1, "--start-over")
+    refused(pairs, tmp_path, "has a model, but no checkpoint.pt")
+
+
+def test_a_second_run_into_the_same_folder_is_refused(pairs, tmp_path, monkeypatch):
+    update, command = train.update, arguments(pairs, tmp_path / "model", "--steps", 1)
+
+    def update_while_another_starts(*arguments):
+        with pytest.raises(ValueError, match="another run is using .*: choose another --output"):
+            main(command)
+        return update(*arguments)
+
+    monkeypatch.setattr(train, "update", update_while_another_starts)
+    main(command)
+    main(command)
 
 
 def test_a_full_disk_is_noticed_before_training(pairs, tmp_path):
@@ -314,25 +438,10 @@ def test_a_full_disk_is_noticed_before_training(pairs, tmp_path):
 
 
 def test_a_model_that_diverges_is_not_saved(pairs, tmp_path, monkeypatch):
-    before = run(pairs, tmp_path / "model", "--steps", 3, "--evaluate-every", 1)
-
-    def infinite(loss, batch):
-        return loss.model(**batch).logits.sum() * float("inf")
-
-    monkeypatch.setattr(train.CrossEntropy, "forward", infinite)
-    with pytest.raises(ValueError, match="step 1: the gradients are not finite"):
-        run(pairs, tmp_path / "model", "--steps", 3, "--start-over")
-    assert_same(load_file(tmp_path / "model" / "model.safetensors"), before)
-
-
-def test_weights_that_are_not_finite_are_not_saved(pairs, tmp_path, monkeypatch):
-    def update(module, *rest):
-        module.model.model.shared.weight.data[5] = float("nan")
-        return torch.tensor(0.0)
-
-    monkeypatch.setattr(train, "update", update)
-    with pytest.raises(ValueError, match="finite"):
-        run(pairs, tmp_path / "model", "--steps", 1, "--validation", pairs, "--evaluate-on", 1)
+    loss = train.cross_entropy
+    monkeypatch.setattr(train, "cross_entropy", lambda *a: loss(*a) * float("inf"))
+    with pytest.raises(ValueError, match="step 1: the gradients are not finite; lower --learning"):
+        run(pairs, tmp_path / "model", "--steps", 3)
     assert not (tmp_path / "model" / "model.safetensors").exists()
 
 
@@ -341,78 +450,37 @@ def test_weights_that_are_not_finite_are_not_saved(pairs, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--steps", "-1"], "--steps: -1 is not a number from 1 to"),
-    (["--steps", "0"], "--steps"), (["--accumulate", "0"], "--accumulate"),
-    (["--evaluate-every", "0"], "--evaluate-every"), (["--evaluate-on", "0"], "--evaluate-on"),
-    (["--label-smoothing", "2"], "--label-smoothing: 2 is not a number from 0 to 1"),
-    (["--warmup", "200"], "--warmup: 200 is not a number from 0 to 1"),
-    (["--learning-rate", "nan"], "--learning-rate"), (["--batch-tokens", "x"], "--batch-tokens"),
-    (["--max-source-length", "2"], "--max-source-length"),
-    (["--max-source-length", "257"], "the model has 256 positions"),
-    (["--max-target-length", "1000"], "--set max_position_embeddings=1000"),
-    (["--examples", "1"], "--examples has no effect"),
+    (["--steps", "0"], "begin at 1"), (["--evaluate-every", "0"], "begin at 1"),
+    (["--warmup", "200"], "--warmup is from 0 to 1"), (["--num-beams", "0"], "num_beams=0"),
+    (["--max-target-length", "30", "--set", "min_length=40"], "above max_length=30"),
     (["--evaluate", "x"], "not allowed with argument --train"),
-    (["--output", ""], "--output is missing"), (["--output", "/dev/null/x"], "/dev/null"),
-    (["--validation", "/nonexistent"], "/nonexistent"),
-    (["--model", "/nonexistent"], "/nonexistent"),
-    (["--set", "dropout"], "KEY=VALUE"), (["--set", "nothing=1"], "nothing"),
-    (["--set", "lsg=false", "--only-global-embeddings"], "--only-global-embeddings")])
-def test_a_wrong_option_is_refused(pairs, tmp_path, capsys, options, message):
-    with pytest.raises((ValueError, OSError, SystemExit)) as error:
-        run(pairs, tmp_path / "model", *options)
-    assert message in str(error.value) + capsys.readouterr().err
-    assert not (tmp_path / "model" / "checkpoint.pt").exists()
-
-
-def test_a_mistake_is_status_2_and_one_line_below_the_usage(pairs, tmp_path):
-    command = arguments(pairs, tmp_path / "model", "--warmup", 200)
-    said = run_child(command, status=2).splitlines()
-    assert said[0].startswith("usage: train.py --model NAME (--train FILE ")
-    assert len(said) == 2 and said[1].startswith("train.py: error: argument --warmup: 200 is not")
-
-
-def test_options_that_generate_refuses_are_found_before_training(pairs, tmp_path):
-    with pytest.raises(ValueError, match="min_length"):
-        run(pairs, tmp_path / "model", "min_length=200", "--validation", pairs, "--steps", 1)
-    assert not (tmp_path / "model" / "checkpoint.pt").exists()
-
-
-def test_small_data_and_odd_options_work(pairs, tmp_path, capsys):
-    one = tmp_path / "one.jsonl"
-    one.write_text(pairs.read_text().splitlines()[0])
-    run(pairs, tmp_path / "a", "--steps", 1, "--warmup", 0, "--batch-tokens", 1,
-        "--accumulate", 30, "--validation", one)
-    run(one, tmp_path / "b", "--steps", 2, "--warmup", 1, "--accumulate", 2, "--validation", one)
+    (["--validation", "/nonexistent"], "/nonexistent"), (["--set", "nothing=1"], "nothing")])
+def test_a_wrong_option_is_one_line_and_status_2(pairs, tmp_path, monkeypatch, capsys, options,
+                                                 message):
+    monkeypatch.setattr(sys, "argv", arguments(pairs, tmp_path / "model", *options))
+    with pytest.raises(SystemExit, match="^2$"):
+        barthez.run(train.main)
     said = capsys.readouterr().err
-    assert said.count("validation loss") == 2 and "step 1/2  loss" in said
-    assert "checkpoint.pt there serves only to resume" in said
+    assert said.startswith("train.py: ") and message in said and said.count("\n") == 1
 
 
-def evaluation(pairs, *options):
-    """A command line that evaluates the toy model."""
-    return [str(argument) for argument in (
-        "train.py", "--model", GOLDENS / "plain", "--evaluate", pairs, "--num-beams", 1,
-        "--set", "max_position_embeddings=256", "max_length=8", *options)]
+@pytest.mark.parametrize("name", ["--max-source-length", "--max-target-length"])
+def test_more_tokens_than_positions_are_refused_with_advice_that_works(pairs, tmp_path, name):
+    with pytest.raises(ValueError, match="the model has 256 positions") as error:
+        run(pairs, tmp_path / "model", "--steps", 1, name, 300)
+    advice = re.search(r"--set (\S+)", str(error.value)).group(1)
+    run(pairs, tmp_path / "model", "--steps", 1, name, 300, "--set", advice)
 
 
-def test_evaluation_prints_rouge_of_the_model_and_of_the_first_sentence(pairs, capsys):
-    main(evaluation(pairs, "--examples", 1000))
-    lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"cross-entropy per token of the 24 summaries: \d+\.\d{3}", lines[0])
-    assert lines[1].split() == ["all:", "24", "documents", "ROUGE-1", "ROUGE-2", "ROUGE-L"]
-    assert lines[2].split()[0] == "model"
-    assert lines[3].split() == ["first", "sentence", "1.000", "1.000", "1.000"]
-    assert sum(line.startswith("  reference  ") for line in lines) == 24
-
-
-def test_evaluation_of_long_documents_only(pairs, capsys):
-    main(evaluation(pairs, "--longer-than", 20))
-    assert "of the 24" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no document is longer than 1000 tokens"):
-        main(evaluation(pairs, "--longer-than", 1000))
-
-
-def test_only_the_first_of_several_processes_prints_an_evaluation(pairs, capsys, monkeypatch):
-    monkeypatch.setattr(train, "RANK", 1)
-    main(evaluation(pairs))
+def test_evaluation_prints_rouge_of_the_model_and_of_the_first_sentence(pairs, capsys, monkeypatch):
+    command = ["train.py", "--model", GOLDENS / "plain", "--evaluate", pairs, "--num-beams", 1,
+               "--set", "max_position_embeddings=256", "max_length=24"]
+    main(command)
+    first, second, third, _ = capsys.readouterr().out.splitlines()
+    assert first == "24 pairs"
+    assert second == "first sentence  ROUGE-1 1.000  ROUGE-2 1.000  ROUGE-L 1.000"
+    assert re.fullmatch(r"model           (ROUGE-[12L] 0\.\d{3}  ){3}"
+                        r"cross-entropy per token \d+\.\d{3}", third)
+    monkeypatch.setattr(train, "RANK", 1)  # only the first of several processes prints
+    main(command)
     assert capsys.readouterr().out == ""

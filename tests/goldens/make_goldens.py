@@ -32,11 +32,13 @@ gradients.json, .safetensors
                         cases as in lsg.json, on its inputs; NAME/PARAMETER = d loss / d parameter.
                         `rows` lists the parameters; [from, to) are the rows that are kept of a
                         long table, all its others being 0.
-heads.json, .safetensors  the other heads. `weights`: the head_ file to add to plain/, `inputs`: the
+heads.json, .safetensors
+                        the other heads. `weights`: the head_ file to add to plain/, `inputs`: the
                         tensors NAME/inputs/X to pass by name; outputs NAME/X; loss in the JSON.
 conversion.json, .safetensors
   plain_positions       plain/'s two position tables were first cut to this many positions (+ 2)
-  source                "plain", or the name of the conversion whose result was converted again
+  source                "plain", or "random": an LSG model with LENGTH positions and the global
+                        embeddings random/global_embeddings, of which only the positions change
   seed                  torch.manual_seed(seed) came right before the global embeddings were made
                         (null: no random number is used)
   encoder_positions, decoder_positions, global_embeddings
@@ -46,11 +48,10 @@ generation.json         inputs {name: {input_ids, attention_mask}}; each case: m
                         "dense"), config (settings of that model), eos_bias (added to
                         final_logits_bias[0, 2]), input, mask (whether attention_mask was passed),
                         settings (arguments of generate), output (its ids).
-saved.json, .safetensors  how the original reads two folders that our code wrote: "converted", by
-                        the command line of load_weights.py with these `arguments`, and "saved",
-                        which is the same model by save_model. `configs` are the texts of their
-                        config.json. Both give the same logits and generated ids of `input`, and
-                        the same ids and model_max_length of the tokenizer.
+saved.json, .safetensors
+                        how the original reads a folder that our save_model wrote. `overrides`:
+                        those of load_model; `config`: the text of config.json; then the logits and
+                        generated ids of `input`, and the tokenizer's ids and model_max_length.
 tokenizer.json          encode: [text, ids]; pairs: [text, pair, ids]; call: arguments and what came
                         back; decode: [ids, text, text without special tokens], no clean-up.
 """
@@ -61,7 +62,6 @@ import json
 import random
 import re
 import struct
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -76,7 +76,10 @@ from lsg_converter.mbart.convert_mbart_checkpoint import MBartConversionScript
 from safetensors.torch import load_file, save_file
 from transformers import BarthezTokenizer, MBartForConditionalGeneration
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from barthez import load_model, save_model
+
 PLAIN = HERE / "plain"
 LABELS = 5  # target length of the recorded logits
 LENGTH = 2100  # max_position_embeddings of the converted model
@@ -162,16 +165,18 @@ class Conversion(MBartConversionScript):
         super().update_global_randomly(*args)
 
 
-def convert(source, length, seed=0, stride=64, random_init=False, keep_first=False, resize=False,
-            target=None):
-    """Converts the checkpoint in folder `source`; saves it in `target` if that is given."""
+def convert(source, length, seed=0, stride=64, random_init=False, resize=False, target=None):
+    """Converts the checkpoint in folder `source`; saves it in `target` if that is given.
+
+    random_init: draw the global embeddings. resize: change only the positions of an LSG model.
+    """
     conversion_utils.AutoTokenizer = BarthezTokenizer  # Auto* would want the fast tokenizer
     script = Conversion(
         initial_model=str(source), model_name="golden", max_sequence_length=length,
         architecture=None, random_global_init=random_init, global_positional_stride=stride,
-        keep_first_global_token=keep_first, resize_lsg=resize, model_kwargs="{}",
+        keep_first_global_token=False, resize_lsg=resize, model_kwargs="{}",
         use_token_ids=True, use_auth_token=None, save_model=False, seed=seed,
-        config=original.LSGMBartConfig.from_pretrained(source) if resize or keep_first
+        config=original.LSGMBartConfig.from_pretrained(source) if resize
         else transformers.MBartConfig.from_pretrained(source))
     script.golden_seed = seed
     model, tokenizer = script.process()
@@ -206,54 +211,29 @@ def shortened_plain(folder, positions):
 
 
 def make_conversions(folder):
-    cases, errors, tensors = [], [], {}
-    table = [  # name, source, options of convert(), whether the global embeddings are stored
-        ("default", "plain", dict(length=LENGTH), True),
-        ("to_1500", "plain", dict(length=1500), False),
-        ("to_600", "plain", dict(length=600), False),
-        ("to_1024", "plain", dict(length=1024), False),
-        ("to_1025", "plain", dict(length=1025), False),
-        ("to_1026", "plain", dict(length=1026), False),
-        ("to_2048", "plain", dict(length=2048), False),
-        ("to_2049", "plain", dict(length=2049), False),
-        ("to_2051", "plain", dict(length=2051), False),
-        ("to_2052", "plain", dict(length=2052), False),
-        ("to_4096", "plain", dict(length=4096), False),
-        ("to_4100", "plain", dict(length=4100), False),
-        ("stride_128", "plain", dict(length=LENGTH, stride=128), True),
-        ("stride_16", "plain", dict(length=LENGTH, stride=16), False),
-        ("stride_5", "plain", dict(length=LENGTH, stride=5), False),
-        ("stride_2", "plain", dict(length=LENGTH, stride=2), False),
-        ("stride_1024", "plain", dict(length=LENGTH, stride=1024), False),
-        ("random", "plain", dict(length=LENGTH, random_init=True, seed=7), True),
-        ("random_stride_32", "plain", dict(length=LENGTH, random_init=True, stride=32, seed=8),
-         False),
-        ("resize_3000", "random", dict(length=3000, resize=True), False),
-        ("resize_1500", "random", dict(length=1500, resize=True), False),
-        ("resize_2101", "random", dict(length=2101, resize=True), False),
-        ("keep_first", "random", dict(length=3000, keep_first=True), True),
-        ("keep_first_random", "random", dict(length=LENGTH, keep_first=True, random_init=True,
-                                             seed=9), True),
-        ("plain_512", 512, dict(length=LENGTH), False),
-        ("plain_700", 700, dict(length=LENGTH), False),
-        ("plain_300", 300, dict(length=900, seed=10), True),
-        ("plain_300_random", 300, dict(length=900, seed=11, random_init=True), True),
-        ("stride_1", "plain", dict(length=LENGTH, stride=1), False),
-        ("stride_48", "plain", dict(length=LENGTH, stride=48), False),
-    ]
-    for name, source, options, stored in table:
-        if isinstance(source, int):
-            shortened_plain(folder / f"plain_{source}", source) if not (
-                folder / f"plain_{source}").exists() else None
-            path = folder / f"plain_{source}"
-        else:
-            path = PLAIN if source == "plain" else folder / source
-        case = {"name": name, "source": "plain" if isinstance(source, int) else source,
-                "plain_positions": source if isinstance(source, int) else 1024,
+    for positions in 512, 700, 300:
+        shortened_plain(folder / str(positions), positions)
+    model = convert(PLAIN, LENGTH, seed=7, random_init=True, target=folder / "random")
+    cases, errors = [], []
+    tensors = {"random/global_embeddings": model.model.encoder.global_embeddings.weight}
+    table = [("default", "plain", dict(length=LENGTH))]  # name, source, options of convert()
+    for length in 1500, 600, 1024, 1025, 1026, 2048, 2049, 2051, 2052, 4096, 4100:
+        table.append((f"to_{length}", "plain", dict(length=length)))
+    for stride in 128, 16, 5, 2, 1024:
+        table.append((f"stride_{stride}", "plain", dict(length=LENGTH, stride=stride)))
+    for length in 3000, 1500, 2101:
+        table.append((f"resize_{length}", "random", dict(length=length, resize=True)))
+    table += [("plain_512", "512", dict(length=LENGTH)), ("plain_700", "700", dict(length=LENGTH)),
+              ("plain_300", "300", dict(length=900, seed=10))]
+    for stride in 1, 48:
+        table.append((f"stride_{stride}", "plain", dict(length=LENGTH, stride=stride)))
+    for name, source, options in table:
+        case = {"name": name, "source": "plain" if source.isdigit() else source,
+                "plain_positions": int(source) if source.isdigit() else 1024,
                 "options": {k: v for k, v in options.items() if k != "seed"},
                 "seed": options.get("seed")}
         try:
-            model = convert(path, target=folder / name if name == "random" else None, **options)
+            model = convert(PLAIN if source == "plain" else folder / source, **options)
         except Exception as error:
             errors.append(case | {"error": describe(error)})
             continue
@@ -261,8 +241,8 @@ def make_conversions(folder):
         case["encoder_positions"] = digest(encoder.embed_positions.weight)
         case["decoder_positions"] = digest(decoder.embed_positions.weight)
         case["global_embeddings"] = digest(encoder.global_embeddings.weight)
-        if stored:
-            tensors[f"{name}/global_embeddings"] = encoder.global_embeddings.weight.data.clone()
+        if name in ("default", "stride_128", "plain_300"):
+            tensors[f"{name}/global_embeddings"] = encoder.global_embeddings.weight
         cases.append(case)
     write("conversion", {"cases": cases, "errors": errors}, tensors)
 
@@ -396,11 +376,6 @@ def load(folder, settings, kind="ForConditionalGeneration", lsg=True):
     config = config(**json.loads((folder / "config.json").read_text()) | settings)
     cls = getattr(original, prefix + kind)  # the module re-exports transformers' dense classes
     model, info = cls.from_pretrained(folder, config=config, output_loading_info=True)
-    if kind == "ForCausalLM":
-        # It looks for model.decoder.embed_tokens only, and draws it at random where the file has
-        # model.shared.
-        shared = load_file(folder / "model.safetensors")["model.shared.weight"]
-        model.model.decoder.embed_tokens.weight.data.copy_(shared)
     expected = "embed_tokens|lm_head|classification_head|qa_outputs"
     missing = [k for k in info["missing_keys"] if not re.search(expected, k)]
     assert not missing, missing
@@ -493,15 +468,15 @@ def make_heads(folder, inputs):
             "classification_head.dense.weight": (24, 24), "classification_head.dense.bias": (24,),
             "classification_head.out_proj.weight": (3, 24),
             "classification_head.out_proj.bias": (3,)},
-        "head_classification_1": {
-            "classification_head.dense.weight": (24, 24), "classification_head.dense.bias": (24,),
-            "classification_head.out_proj.weight": (1, 24),
-            "classification_head.out_proj.bias": (1,)},
+        # This one is not used. The next was drawn after it.
+        "classification_1": {"dense.weight": (24, 24), "dense.bias": (24,),
+                             "out_proj.weight": (1, 24), "out_proj.bias": (1,)},
         "head_question_answering": {"qa_outputs.weight": (2, 24), "qa_outputs.bias": (2,)},
     }
     for name, shapes in weights.items():
         weights[name] = {k: torch.randn(s, generator=generator) * 0.4 for k, s in shapes.items()}
-        save_file(weights[name], HERE / f"{name}.safetensors", {"format": "pt"})
+        if name.startswith("head_"):
+            save_file(weights[name], HERE / f"{name}.safetensors", {"format": "pt"})
 
     two, one = inputs["two_80_43"], inputs["one_77"]
     source = {k: two[k] for k in ("input_ids", "attention_mask")}
@@ -509,13 +484,9 @@ def make_heads(folder, inputs):
     target = two["labels"].clamp(min=1)  # −100 -> <pad>
     target_mask = torch.ones_like(target)
     target_mask[1, -1] = 0
-    lm_labels = two["input_ids"][:, :20].clone()
-    lm_labels[0, :3] = -100
-    causal = {"input_ids": two["input_ids"][:, :20], "labels": lm_labels}
     small = {"block_size": 8, "sparse_block_size": 8}
     cut = small | {"pass_global_tokens_to_decoder": False, "num_global_tokens": 3}
     three = small | {"num_labels": 3}
-    multi = three | {"problem_type": "multi_label_classification"}
     classify, answer = "ForSequenceClassification", "ForQuestionAnswering"
     table = [  # name, head, settings, weights, inputs
         ("base", "Model", small, None, source | {"decoder_input_ids": target}),
@@ -529,12 +500,6 @@ def make_heads(folder, inputs):
         ("classification", classify, three, "head_classification_3", source),
         ("classification_single", classify, three, "head_classification_3",
          source | {"labels": torch.tensor([2, 0])}),
-        ("classification_multi", classify, multi, "head_classification_3",
-         source | {"labels": torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])}),
-        ("classification_multi_guessed", classify, three, "head_classification_3",
-         source | {"labels": torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])}),
-        ("classification_regression", classify, small | {"num_labels": 1},
-         "head_classification_1", source | {"labels": torch.tensor([0.7, -1.3])}),
         ("classification_cut", classify, cut | {"num_labels": 3}, "head_classification_3", short),
         ("question", answer, small, "head_question_answering", source),
         ("question_loss", answer, small, "head_question_answering",
@@ -544,9 +509,6 @@ def make_heads(folder, inputs):
          source | {"start_positions": torch.tensor([3, 80]),
                    "end_positions": torch.tensor([95, 40])}),
         ("question_cut", answer, cut, "head_question_answering", short),
-        ("causal", "ForCausalLM", {}, None, causal),
-        ("causal_mask", "ForCausalLM", {}, None,
-         causal | {"attention_mask": (two["input_ids"][:, :20] % 7 != 3).long()}),
     ]
     cases, tensors = [], {}
     for name, head, settings, file, kwargs in table:
@@ -568,26 +530,17 @@ def make_heads(folder, inputs):
     write("heads", {"cases": cases}, tensors)
 
 
-# --------------------------------------------------------------------------------------- generation
+# -------------------------------------------------------------------------------- our checkpoints
 
 def make_saved(folder, inputs):
-    """What the original makes of two folders that this project wrote."""
-    project = HERE.parents[1]
-    arguments = ["--max-position-embeddings", "1300", "--set", "num_global_tokens=5",
-                 "block_size=8", "sparse_block_size=8", "sparsity_type=pooling"]
-    converted, saved = folder / "converted", folder / "saved"
-    subprocess.run([sys.executable, project / "load_weights.py", PLAIN, "--output", converted,
-                    *arguments], check=True)
-    save_again = ("import sys; from barthez import load_model, save_model; "
-                  "model, tokenizer = load_model(sys.argv[1]); "
-                  "save_model(model, tokenizer, sys.argv[2])")
-    subprocess.run([sys.executable, "-c", save_again, converted, saved], cwd=project, check=True)
-    logits, results = read_with_original(converted, inputs["two_80_43"])
-    logits_again, results_again = read_with_original(saved, inputs["two_80_43"])
-    assert torch.equal(logits, logits_again) and results == results_again
-    configs = {path.name: (path / "config.json").read_text() for path in (converted, saved)}
-    write_json(HERE / "saved.json", {"arguments": arguments, "configs": configs,
-                                     "input": "two_80_43", **results})
+    """What the original makes of a folder that this project wrote."""
+    overrides = {"max_position_embeddings": 1300, "num_global_tokens": 5, "block_size": 8,
+                 "sparse_block_size": 8, "sparsity_type": "pooling"}
+    save_model(*load_model(PLAIN, **overrides), folder)
+    logits, results = read_with_original(folder, inputs["two_80_43"])
+    write_json(HERE / "saved.json", {
+        "overrides": overrides, "config": (folder / "config.json").read_text(),
+        "input": "two_80_43", **results})
     save_file({"logits": logits.contiguous()}, HERE / "saved.safetensors", {"format": "pt"})
 
 
@@ -606,6 +559,8 @@ def read_with_original(folder, inputs):
     return logits, {"ids": generated.tolist(), "text": text, "text_ids": text_ids,
                     "model_max_length": tokenizer.model_max_length}
 
+
+# --------------------------------------------------------------------------------------- generation
 
 def make_generation(folder, vocab_size):
     rng = random.Random(6)
@@ -803,7 +758,7 @@ def main():
         make_lsg(folder / "lsg", inputs)
         make_gradients(folder / "lsg", inputs)
         make_heads(folder / "lsg", inputs)
-        make_saved(folder, inputs)
+        make_saved(folder / "saved", inputs)
         make_generation(folder / "lsg", vocab_size)
 
 
