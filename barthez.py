@@ -26,7 +26,7 @@ import math
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -50,6 +50,7 @@ LSG_OPTIONS = ("block_size", "sparse_block_size", "sparsity_factor", "sparsity_t
                "num_global_tokens", "lsh_num_pre_rounds", "adaptive")  # of lsg_attention
 LSG_KEYS = LSG_OPTIONS + ("mask_first_token", "pass_global_tokens_to_decoder", "pool_with_global")
 OTHER_HEADS = ("classification_head.", "qa_outputs.")  # of models that do not write text
+HEADS = OTHER_HEADS + ("lm_head.", "final_logits_bias")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -110,9 +111,6 @@ class BarthezConfig:
         for heads in (self.encoder_attention_heads, self.decoder_attention_heads):
             if heads < 1 or self.d_model % heads:
                 raise ValueError(f"d_model={self.d_model} is not divisible by {heads} heads")
-        for name in ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id"):
-            if not 0 <= (getattr(self, name) or 0) < self.vocab_size:
-                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to vocab_size - 1")
         if self.lsg:
             check_options(**{name: getattr(self, name) for name in LSG_OPTIONS[:-1]})
             if not 1 <= self.num_global_tokens <= NUM_GLOBALS:
@@ -134,15 +132,8 @@ def config_from(kind, settings):
     if len(labels) != num_labels:
         labels = {i: f"LABEL_{i}" for i in range(num_labels)}
     settings = settings | {"id2label": {int(i): label for i, label in labels.items()}}
-    known = {}
-    for f in fields(kind):
-        value = settings.get(f.name, f.default)
-        if value is None and not isinstance(None, f.type):
-            value = f.default
-        if value is MISSING:
-            raise ValueError(f"{f.name} is missing")
-        known[f.name] = value
-    return kind(**known)
+    return kind(**{f.name: settings[f.name] for f in fields(kind) if f.name in settings and (
+        settings[f.name] is not None or isinstance(None, f.type))})
 
 
 @dataclass
@@ -242,12 +233,11 @@ class DecoderLayer(Layer):
         self.encoder_attn = Attention(config.d_model, heads, config.attention_dropout)
         self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, x, visible, cross_kv=None, cross_visible=None, layer_cache=None):
-        """x (B, T, E). cross_kv: the layer's keys and values of the document; None: no document."""
+    def forward(self, x, visible, cross_kv, cross_visible, layer_cache):
+        """x (B, T, E) -> (B, T, E). cross_kv: the layer's keys and values of the document."""
         x = self.attend_to_itself(x, visible, layer_cache)
-        if cross_kv is not None:
-            normed = self.encoder_attn_layer_norm(x)
-            x = x + self.dropout(self.encoder_attn(normed, *cross_kv, cross_visible))
+        normed = self.encoder_attn_layer_norm(x)
+        x = x + self.dropout(self.encoder_attn(normed, *cross_kv, cross_visible))
         return self.feed_forward(x)
 
 
@@ -272,9 +262,9 @@ class Stack(nn.Module):
         self.gradient_checkpointing = False  # True: training keeps only the inputs of each layer
 
     def embed(self, input_ids, first, end):
-        """Token embeddings of input_ids (B, T) plus those of the positions first, …, end - 1.
+        """Embeddings of input_ids (B, T) plus those of positions first to end - 1 -> (B, T, E).
 
-        They are T positions, or one for all tokens. Returns (B, T, E).
+        During generation, all beams have the same position.
         """
         if end > self.config.max_position_embeddings:
             raise ValueError(
@@ -353,13 +343,12 @@ class Decoder(Stack):
         # Contiguous, since they are read at every step.
         return [(key.contiguous(), value.contiguous()) for key, value in pairs]
 
-    def forward(self, input_ids, cross_kv=None, cross_visible=None, attention_mask=None,
-                cache=None):
+    def forward(self, input_ids, cross_kv, cross_visible, attention_mask=None, cache=None):
         """input_ids, attention_mask (B, T), cross_visible (B, S) -> states (B, T, E).
 
         A token sees itself and those before it.
-        cache: a beam_search.Cache; input_ids are then the newest tokens of the beams (B, beams),
-            which have the same position and the same document, and each its own history.
+        cache: a beam_search.Cache. input_ids (B, beams) are then the newest tokens. The beams of a
+            document have the same position; each has its own history.
         """
         if cache is not None:
             visible = cache.next_step()  # (B, 1, beams, all tokens written so far by all beams)
@@ -370,13 +359,11 @@ class Decoder(Stack):
             x = self.embed(input_ids, 0, T)
         if attention_mask is not None:
             visible = visible & boolean_mask(attention_mask)[:, None, None]  # (B, 1, T, T)
-        if cross_visible is not None:
-            cross_visible = cross_visible[:, None, None]  # (B, 1, 1, S)
+        cross_visible = cross_visible[:, None, None]  # (B, 1, 1, S)
         x = self.dropout(self.layernorm_embedding(x))
         for i, layer in enumerate(self.layers):
-            layer_kv = None if cross_kv is None else cross_kv[i]
             layer_cache = None if cache is None else cache.layers[i]
-            x = self.run_layer(layer, x, visible, layer_kv, cross_visible, layer_cache)
+            x = self.run_layer(layer, x, visible, cross_kv[i], cross_visible, layer_cache)
         return self.layer_norm(x)
 
 
@@ -406,7 +393,7 @@ class BarthezModel(nn.Module):
 
 
 def init_weights(module, config):
-    """Draw new weights as mBART does: normal with standard deviation init_std, biases and <pad> 0."""
+    """Draw weights as mBART does: normal with standard deviation init_std, biases and <pad> 0."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Embedding)):
             nn.init.normal_(layer.weight, std=config.init_std)
@@ -419,8 +406,8 @@ def init_weights(module, config):
 def shift_right(ids, pad_token_id):
     """The decoder input for a target (B, T): the last token, </s>, moves to the front.
 
-    BARThez was trained so: each token is predicted from those before it, and the first one from
-    </s>, which is therefore also the start token of generation.
+    BARThez was trained so: the first token of a text is predicted from </s>. Therefore its
+    config.json sets decoder_start_token_id to </s>.
     Padding is -100 or pad_token_id: [5, 6, 2, 1] becomes [2, 5, 6, 2].
     """
     ids = ids.masked_fill(ids == -100, pad_token_id)
@@ -429,7 +416,7 @@ def shift_right(ids, pad_token_id):
 
 
 class BarthezForConditionalGeneration(nn.Module):
-    """Writes text: summaries, titles, the words that <mask> hides."""
+    """Writes text: summaries, titles, the words that <mask> replaces."""
 
     def __init__(self, config):
         super().__init__()
@@ -463,30 +450,30 @@ class BarthezForConditionalGeneration(nn.Module):
         Returns ids (B * num_return_sequences, L), the best text of each document first. Each begins
         with the start token; pad_token_id follows </s>. Call model.eval() before, as for any model.
         """
-        config, settings = self.config, replace(self.generation_config, **settings)
-        if settings.max_length is None:
-            settings = replace(settings, max_length=20)
+        config, generation = self.config, replace(self.generation_config, **settings)
+        if generation.max_length is None:
+            generation = replace(generation, max_length=20)
         positions = config.max_position_embeddings
-        if settings.max_length - 1 > positions:  # the last token is not read again
-            raise ValueError(f"max_length={settings.max_length}, but the decoder has {positions} "
+        if generation.max_length - 1 > positions:  # the last token is not read again
+            raise ValueError(f"max_length={generation.max_length}, but the decoder has {positions} "
                              f"positions: choose at most {positions + 1}")
         if attention_mask is None:
             attention_mask = input_ids != config.pad_token_id
-        start = config.decoder_start_token_id
-        if start is None:
-            start = config.bos_token_id
+        first = config.decoder_start_token_id
+        if first is None:
+            first = config.bos_token_id
+        start = input_ids.new_full((len(input_ids),), first)
         with packed_weights(self):
             encoder_states, cross_visible = self.model.encoder(input_ids, attention_mask)
             cross_kv = self.model.decoder.cross_kv(encoder_states)
-            cache = Cache(cross_kv[0][0], config.decoder_layers, settings.num_beams,
-                          settings.max_length)
+            cache = Cache(cross_kv[0][0], config.decoder_layers, generation.num_beams,
+                          generation.max_length)
 
             def next_logits(tokens):  # (B, beams) -> (B, beams, V)
                 states = self.model.decoder(tokens, cross_kv, cross_visible, cache=cache)
                 return self.logits(states)
 
-            start = input_ids.new_full((len(input_ids),), start)
-            return beam_search(next_logits, cache.reorder, start, settings, config.eos_token_id,
+            return beam_search(next_logits, cache.reorder, start, generation, config.eos_token_id,
                                config.pad_token_id)
 
 
@@ -503,7 +490,7 @@ class BarthezForSequenceClassification(nn.Module):
         init_weights(self.classification_head, config)
 
     def forward(self, input_ids, attention_mask=None, decoder_input_ids=None, labels=None):
-        """labels: (B,), whole numbers -> logits (B, num_labels), and the cross-entropy as loss."""
+        """labels: (B,), int64 -> logits (B, num_labels). Compute other losses from the logits."""
         out = self.model(input_ids, attention_mask, decoder_input_ids)
         is_eos = input_ids == self.config.eos_token_id
         if not is_eos.any(1).all():
@@ -515,10 +502,7 @@ class BarthezForSequenceClassification(nn.Module):
         x = torch.tanh(self.classification_head["dense"](drop(x)))
         out.logits = self.classification_head["out_proj"](drop(x))
         if labels is not None:
-            if labels.is_floating_point():
-                raise ValueError("labels must be the numbers of classes; for another loss, compute "
-                                 "it from the logits")
-            out.loss = F.cross_entropy(out.logits, labels.flatten().long())
+            out.loss = F.cross_entropy(out.logits, labels.flatten())
         return out
 
 
@@ -605,7 +589,7 @@ def find_folder(source, revision=None):
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for the Hub, but {source} is a folder")
         return folder
-    readable = WEIGHTS if torch.__version__ >= (2, 10) else WEIGHTS[:1]
+    readable = WEIGHTS if torch.__version__ >= (2, 10) else WEIGHTS[:1]  # see read_tensors
     return find_model(str(source), revision, CONVERSIONS.get(source), readable)
 
 
@@ -633,7 +617,8 @@ def build_model(settings, tensors, architecture=None):
     """The model whose parameters are the given tensors, in evaluation mode.
 
     settings, tensors: as read_checkpoint returns them. architecture: see load_model.
-    Raises ValueError if they do not fit together.
+    Raises ValueError or RuntimeError if they do not fit together, with all names that are missing,
+    unexpected or misshapen.
     """
     kind = find_architecture(architecture or settings.get("architectures"))
     config = config_from(BarthezConfig, settings)
@@ -642,22 +627,26 @@ def build_model(settings, tensors, architecture=None):
     model.generation_config = config_from(GenerationConfig, settings)
     # The names of the model without a head lack the prefix "model.".
     named = nn.ModuleDict({"model": model}) if kind is BarthezModel else model
-    check_tensors(named.state_dict(), tensors, config)
+    names = named.state_dict().keys()
 
     shared = nn.Parameter(tensors[EMBEDDING])  # one parameter under all of its names
     given = {"final_logits_bias": torch.zeros(1, config.vocab_size)} | tensors
     given |= dict.fromkeys(EMBEDDINGS[:3], shared)  # all but lm_head.weight
     if config.tie_word_embeddings:
         given["lm_head.weight"] = shared
-    elif "lm_head.weight" in given:  # it may be the embedding's tensor, but is trained apart
+    elif "lm_head.weight" in given:  # may be the embedding's tensor, but is a parameter of its own
         given["lm_head.weight"] = given["lm_head.weight"].clone()
-    missing = named.load_state_dict(given, strict=False, assign=True).missing_keys
-
-    for head in sorted({name.partition(".")[0] for name in missing}):
+    given = {name: x for name, x in given.items()
+             if name in names or not name.startswith((*HEADS, GLOBALS))}
+    new = [name for name in names - given.keys() if name.startswith(OTHER_HEADS)]
+    if new:
+        head = new[0].partition(".")[0]
         warnings.warn(f"the checkpoint has no {head}: it is initialized and needs training")
         init_weights(model.get_submodule(head).to_empty(device="cpu"), config)
+        given |= {name: named.get_parameter(name) for name in new}
     if kind is BarthezForConditionalGeneration and other_head(tensors):
         warnings.warn("the checkpoint was made for another task: its head is not used")
+    named.load_state_dict(given, assign=True)
     accelerate(model)
     return model.eval()
 
@@ -674,27 +663,6 @@ def find_architecture(names):
 def other_head(tensors):
     """Whether the checkpoint was made for another task than to write text."""
     return any(name.startswith(OTHER_HEADS) for name in tensors)
-
-
-def check_tensors(state, tensors, config):
-    """Raise ValueError that names all missing, unexpected and misshapen tensors."""
-    may_be_missing = OTHER_HEADS + ("final_logits_bias",)
-    if config.tie_word_embeddings:
-        may_be_missing += ("lm_head.",)
-    may_be_unused = OTHER_HEADS + ("final_logits_bias", "lm_head.", GLOBALS)
-    faults = [f"missing {name}" for name in state.keys() - tensors.keys()
-              if not name.startswith(may_be_missing)]
-    faults += [f"unexpected {name}" for name in tensors.keys() - state.keys()
-               if not name.startswith(may_be_unused)]
-    for name in state.keys() & tensors.keys():
-        shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
-        if shape != state[name].shape:
-            faults.append(f"{name} has shape {shape}, not {tuple(state[name].shape)}")
-        if not dtype.is_floating_point:
-            faults.append(f"{name} is {dtype}")
-    if faults:
-        shown = sorted(faults)[:10] + ([f"{len(faults) - 10} more"] if len(faults) > 10 else [])
-        raise ValueError(f"the weights do not fit the configuration: {'; '.join(shown)}")
 
 
 def save_model(model, tokenizer, folder):
@@ -855,7 +823,7 @@ def parse_settings(settings):
 
 
 def load(options, overrides, task, texts):
-    """A model that writes, with positions for `texts`, its tokenizer, and how many tokens to read."""
+    """A model that writes, with positions for `texts`, its tokenizer, and the tokens to read."""
     source = DEFAULT_MODELS[task] if options.model is None else options.model
     try:
         folder = find_folder(source, options.revision)
@@ -896,8 +864,8 @@ def summarize_files(options, overrides):
 
     def show(batch):
         more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
-        print(f"\rsummarizing file {batch[0] + 1}{more} of {len(names)}\033[K", end="", file=sys.stderr,
-              flush=True)
+        print(f"\rsummarizing file {batch[0] + 1}{more} of {len(names)}\033[K", end="",
+              file=sys.stderr, flush=True)
 
     on_terminal = sys.stderr.isatty()
     summaries = summarize(model, tokenizer, texts, max_source_length=limit,

@@ -214,8 +214,8 @@ def check_vocabulary(config, tokenizer):
     """Raise ValueError if the tokenizer does not belong to the model."""
     vocab_size = config.get("vocab_size")
     if isinstance(vocab_size, int) and len(tokenizer) > vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} pieces, but {vocab_size=}: it belongs "
-                         "to another model")
+        raise ValueError(f"the tokenizer has {len(tokenizer)} pieces, but {vocab_size=}: it "
+                         "belongs to another model")
     for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
         id = getattr(tokenizer, name)
         if config.get(name) not in (None, id):

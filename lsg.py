@@ -9,8 +9,8 @@ blocks of block_size tokens, and all queries of a block see the same keys:
 
     global  the global tokens
     local   the block and its two neighbors
-    sparse  beyond these, a subsample of the text that has one key per sparsity_factor tokens:
-            the nearest sparse_block_size of these keys on either side
+    sparse  the text is subsampled to one key per sparsity_factor tokens; a block sees the last
+            sparse_block_size of these keys before its local keys, and as many after them
 
 With block_size=4, sparsity_factor=2, sparse_block_size=2 and sparsity_type="stride", the four
 queries of block 3 see, in the first head, the keys marked g, l and s:
@@ -18,17 +18,18 @@ queries of block 3 see, in the first head, the keys marked g, l and s:
             global  block 0  block 1  block 2  block 3  block 4  block 5  block 6
                g    . . . .  s . s .  l l l l  l l l l  l l l l  s . s .  . . . .
 
-A query of the text sees at most num_global_tokens + 3 * block_size + 2 * sparse_block_size keys,
-however long the text is: beyond its neighbors, it reaches sparse_block_size * sparsity_factor
-tokens to either side. What is farther away arrives through the global tokens, which see every
-token, and through the layers above. At the ends of the text, keys that would lie outside it are
-missing: nothing replaces them. `key_table` decides which keys a block sees, and the functions under
-*Sparse keys* make the subsample.
+`key_table` decides which keys a block sees, and the functions under *Sparse keys* subsample.
+
+So a query of the text sees at most num_global_tokens + 3 * block_size + 2 * sparse_block_size keys,
+however long the text is. The sparse keys cover sparse_block_size * sparsity_factor tokens on either
+side of the local keys. What is farther away arrives through the global tokens, which see every
+token, and through the layers above. At the ends of the text, a block sees fewer keys. A text of at
+most two blocks gets full attention, since its blocks are neighbors.
 
 Letters used for shapes:
-    B batch    H heads     D head dimension            T tokens, of which the first G are global
-    N blocks   M sparse keys, N * block_size / sparsity_factor    K keys seen by a block
-    S keys of any attention
+    B batch    H heads     D head dimension    T tokens, of which the first G are global
+    N blocks   M sparse keys, N * block_size / sparsity_factor, or none
+    K columns of the key table: the keys of a block
 """
 
 import math
@@ -37,13 +38,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-SPARSITY_TYPES = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none", None)
+SPARSITY_TYPES = ("norm", "stride", "block_stride", "pooling", "bos_pooling", "lsh", "none", None)
 
 
 def full_attention(query, key, value, visible=None, dropout_p=0.0):
     """softmax(query · key / √D) · value over the visible keys; 0 if there is none.
 
-    query (…, T, D), key and value (…, S, D), visible (…, T or 1, S), True where a key may be seen.
+    query (…, queries, D), key and value (…, keys, D), and visible (…, queries or 1, keys), True
+    where a key may be seen.
     """
     return F.scaled_dot_product_attention(query, key, value, visible, dropout_p)
 
@@ -51,20 +53,21 @@ def full_attention(query, key, value, visible=None, dropout_p=0.0):
 def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, sparse_block_size=128,
                   sparsity_factor=2, sparsity_type="norm", num_global_tokens=1,
                   lsh_num_pre_rounds=1, adaptive=True, dropout_p=0.0, attention=full_attention):
-    """Bidirectional self-attention. A text of at most 2 * block_size tokens gets full attention,
-    since all of its blocks are neighbors.
+    """Bidirectional self-attention.
 
-    query, key, value: (B, H, T, D), the global tokens first. Scores are divided by √D.
-    attention_mask: (B, T), True or 1 where a key may be seen, globals included. A query that sees
-        no key returns 0. Outputs at padding are not zeroed.
+    query, key, value: (B, H, T, D), the global tokens first; they may be the text's own first
+        tokens, such as <s>. Apply rotary positions before. Scores are divided by √D.
+    attention_mask: (B, T), True or 1 where a key may be seen, globals included. Pad on the right:
+        blocks are counted from the first token. A query that sees no key returns 0; outputs at
+        padding are not zeroed.
     block_size, sparse_block_size, sparsity_factor, num_global_tokens: see the top of this file.
     sparsity_type: how the text is subsampled; see *Sparse keys*. "none" or None leaves out the
         sparse keys, as does sparse_block_size=0 or sparsity_factor=0. "lsh" is random: it draws
         torch.randn at each call, lsh_num_pre_rounds + 1 times.
-    adaptive: False raises ValueError for a text that has to be padded to whole blocks.
+    adaptive: True pads a text to whole blocks; False raises ValueError instead.
     dropout_p: of attention weights; pass 0 in evaluation.
-    attention: computes what full_attention does, perhaps faster.
-    Returns (B, H, T, D). Raises ValueError if the options do not fit together.
+    attention: called like full_attention, it must give the same.
+    Returns (B, H, T, D). Raises ValueError if shapes or options do not fit together.
 
     >>> x = torch.randn(1, 2, 1 + 64, 8)
     >>> lsg_attention(x, x, x, block_size=8, sparse_block_size=8).shape
@@ -78,6 +81,10 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
         raise ValueError(f"{num_global_tokens=}, but the sequence has only {T} tokens")
     if attention_mask is None:
         attention_mask = query.new_ones(B, T, dtype=torch.bool)
+    if not query.shape[:3] == key.shape[:3] == value.shape[:3] or attention_mask.shape != (B, T):
+        raise ValueError("query, key and value must be (B, H, T, D) with equal B, H and T, and "
+                         f"attention_mask (B, T), but they are {tuple(query.shape)}, "
+                         f"{tuple(key.shape)}, {tuple(value.shape)}, {tuple(attention_mask.shape)}")
     visible = boolean_mask(attention_mask)[:, None]  # (B, 1, T)
     if text_length <= 2 * block_size:
         return attention(query, key, value, visible[:, :, None], dropout_p)
@@ -89,7 +96,7 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
     if padding:
         query, key, value = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value))
         visible = F.pad(visible, (0, padding))
-    visible = visible.expand(-1, H, -1)  # (B, H, T)
+    visible = visible.expand(-1, H, -1)  # (B, H, T + padding)
 
     num_blocks, sparse_per_block = (text_length + padding) // block_size, 0
     sparse = key[:, :, :0], value[:, :, :0], visible[:, :, :0]  # no sparse keys
@@ -102,11 +109,12 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
 
     # On a CPU, process a few heads at a time, so that the gathered keys fit in its cache. Not in
     # torch.compile, which would compile again for each number of pieces.
-    heads = B * H
+    heads_per_piece = B * H
     if query.is_cpu and not torch.compiler.is_compiling():
-        heads = max(1, 20_000 // table.numel())
-    pieces = zip(*(x.flatten(0, 1).split(heads) for x in (query, key, value, visible, *sparse)))
-    if torch.is_grad_enabled():  # gather the keys again in the backward pass, to save memory
+        heads_per_piece = max(1, 20_000 // table.numel())
+    tensors = query, key, value, visible, *sparse
+    pieces = zip(*(x.flatten(0, 1).split(heads_per_piece) for x in tensors))
+    if torch.is_grad_enabled():  # compute each piece again in the backward pass, to save memory
         out = [checkpoint(attend, *piece, table, G, dropout_p, attention, use_reentrant=False)
                for piece in pieces]
     else:
@@ -116,15 +124,16 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
 
 def attend(query, key, value, visible, sparse_key, sparse_value, sparse_visible, table, G,
            dropout_p, attention):
-    """LSG attention of some heads, whose number is written "…": (…, T, D) -> (…, T, D).
+    """LSG attention of the heads of one piece: (heads, T, D) -> (heads, T, D). "…" below is heads.
 
-    The text has whole blocks. sparse_key and sparse_value (…, M, D) and sparse_visible (…, M) are
-    those of `sparse_keys`, and table (N, K) is that of `key_table`.
+    The text is padded to whole blocks. sparse_key and sparse_value (…, M, D) and sparse_visible
+    (…, M) are those of `sparse_keys`, and table (N, K) is that of `key_table`.
     """
     # The global queries attend to every token.
     from_globals = attention(query[..., :G, :], key, value, visible[..., None, :], dropout_p)
 
-    # Each block of queries attends to the keys in its row of the table.
+    # Each block of queries attends to the keys in its row of the table. A missing key, -1, is
+    # gathered as key 0 and hidden.
     index = table.clamp(min=0).flatten()
 
     def gather(x, sparse_x, dim):
@@ -143,8 +152,9 @@ def key_table(num_blocks, num_global_tokens, block_size, sparse_per_block, spars
               device=None):
     """Which keys each block of queries sees: (N, K) indices into globals, text and sparse keys.
 
-    sparse_per_block: how many sparse keys are made from each block; 0 if there are none.
-    -1 marks a key that does not exist. For example, one global token (0), ten tokens of text in
+    The columns are the global, the local, and the sparse keys before and after. -1 marks positions
+    outside the text. sparse_per_block: how many sparse keys are made from each block; 0 if there
+    are none. For example, one global token (0), ten tokens of text in
     blocks of two (1 to 10), and one sparse key made from each block (11 to 15):
 
     >>> key_table(5, 1, block_size=2, sparse_per_block=1, sparse_block_size=1)
@@ -164,8 +174,8 @@ def key_table(num_blocks, num_global_tokens, block_size, sparse_per_block, spars
 
     globals_ = torch.arange(num_global_tokens, device=device).expand(num_blocks, -1)
     local = window((block - 1) * block_size, 3 * block_size, num_text, num_global_tokens)
-    # The sparse keys before end where those of the previous block begin; the sparse keys after
-    # begin where those of the next block end.
+    # `before` stops just before the sparse keys of the previous block, and `after` starts just
+    # after those of the next block.
     size = min(sparse_block_size, num_sparse)  # 0 if there are no sparse keys
     offset = num_global_tokens + num_text
     before = window((block - 1) * sparse_per_block - size, size, num_sparse, offset)
@@ -190,13 +200,13 @@ def boolean_mask(mask):
 #     norm           in each chunk of tokens, the keys of largest norm
 #     stride         every sparsity_factor-th key; each head starts one token later
 #     block_stride   a run of keys in each block; each head takes the next run
-#     pooling        the mean of every sparsity_factor neighbors
-#     bos_pooling    the same, weighted by the attention of the text's first token
+#     pooling        the mean of each group of sparsity_factor tokens
+#     bos_pooling    the same, weighted by the attention of the text's first token (no global one)
 #     lsh            in each chunk of tokens, the means of the keys in the same bucket of a hash
 #
-# For norm and lsh, a chunk is min(block_size, sparse_block_size) tokens of text, which make
-# chunk_size / sparsity_factor keys. So sparse_block_size has two roles, a quirk of the original: it
-# is also the number of sparse keys that a query sees on either side.
+# sparse_block_size has two roles, a quirk of the original. It is the number of sparse keys seen on
+# either side. For norm and lsh it is also the size of a chunk: min(block_size, sparse_block_size)
+# tokens, which make chunk_size / sparsity_factor keys.
 
 
 def uses_sparse_keys(sparse_block_size, sparsity_factor, sparsity_type):
@@ -210,10 +220,10 @@ def sparse_keys(query, key, value, visible, sparsity_type, factor, block_size, c
     query, key, value (B, H, N * block_size, D) and visible (B, H, N * block_size) are those of the
     text. The other arguments are explained above.
     """
-    if factor == 1:
+    if factor == 1:  # every key is kept
         return key, value, visible
-    if sparsity_type == "lsh" and chunk_size == factor:
-        sparsity_type = "bos_pooling"  # one key per chunk: the original does not hash then
+    if sparsity_type == "lsh" and chunk_size == factor:  # one key per chunk
+        sparsity_type = "bos_pooling"  # as in the original
     if sparsity_type == "lsh":
         return lsh(key, value, visible, chunk_size, factor, lsh_num_pre_rounds)
     if sparsity_type == "norm":
@@ -223,7 +233,7 @@ def sparse_keys(query, key, value, visible, sparsity_type, factor, block_size, c
     if sparsity_type == "block_stride":
         return select(block_stride(key, block_size, factor), key, value, visible)
 
-    # pooling and bos_pooling average each group of `factor` neighbors.
+    # pooling and bos_pooling average each group of `factor` tokens.
     key, value, visible = (x.unflatten(2, (-1, factor)) for x in (key, value, visible))
     if sparsity_type == "pooling":
         weight = (visible / (visible.sum(-1, keepdim=True) + 1e-6)).to(key.dtype)
@@ -234,7 +244,7 @@ def sparse_keys(query, key, value, visible, sparsity_type, factor, block_size, c
 
 
 def select(index, *tensors):
-    """The tokens number `index` (B, H, M) of tensors (B, H, length, …)."""
+    """The tokens number `index` (B, H, M) of tensors (B, H, N * block_size, …)."""
     batch = torch.arange(index.shape[0], device=index.device)[:, None, None]
     head = torch.arange(index.shape[1], device=index.device)[:, None]
     return [x[batch, head, index] for x in tensors]
@@ -242,12 +252,12 @@ def select(index, *tensors):
 
 def norm(key, visible, chunk_size, factor):
     """In each chunk, the indices (B, H, M) of the chunk_size / factor keys of largest norm."""
-    size = key.norm(dim=-1).masked_fill(~visible, -1)  # (B, H, length)
-    largest = size.unflatten(2, (-1, chunk_size)).topk(chunk_size // factor).indices
-    # The original's order, which decides what is seen of a chunk if sparse_block_size cuts it.
-    largest = largest.flip(-1)
+    key_norm = key.norm(dim=-1).masked_fill(~visible, -1)  # (B, H, N * block_size)
+    index = key_norm.unflatten(2, (-1, chunk_size)).topk(chunk_size // factor).indices
+    # Ascending, as in the original: the order matters where sparse_block_size cuts a chunk.
+    index = index.flip(-1)
     first = torch.arange(0, key.shape[2], chunk_size, device=key.device)[:, None]
-    return (first + largest).flatten(2)
+    return (first + index).flatten(2)
 
 
 def stride(key, factor):
@@ -282,7 +292,8 @@ def lsh(key, value, visible, chunk_size, factor, pre_rounds):
     they merge keys that are nearly equal, which are then hashed as one.
     """
     precise = torch.promote_types(key.dtype, torch.float32)
-    count = visible[..., None].to(precise)  # (B, H, length, 1): tokens in each sum, at first 0 or 1
+    # The number of tokens in each sum, at first 0 or 1: (B, H, N * block_size, 1)
+    count = visible[..., None].to(precise)
     sums = key * count, value * count, count
     sums = [x.unflatten(2, (-1, chunk_size)) for x in sums]
     for num_buckets in [chunk_size] * pre_rounds + [chunk_size // factor]:
@@ -296,16 +307,16 @@ def lsh(key, value, visible, chunk_size, factor, pre_rounds):
 def lsh_round(key_sum, value_sum, count, num_buckets):
     """Add up each bucket: (B, H, chunks, chunk_size, D or 1) -> (B, H, chunks, num_buckets, …).
 
-    A key belongs to one of num_buckets // 2 random directions and their opposites: that of the
-    largest dot product. If num_buckets is odd, one bucket stays empty.
+    Each of num_buckets // 2 random directions is a bucket, and so is its opposite. A key goes to
+    the one with the largest dot product. If num_buckets is odd, one bucket stays empty.
     """
     _, H, _, _, D = key_sum.shape
     directions = torch.randn(1, H, 1, D, num_buckets // 2, device=key_sum.device)
     with torch.no_grad():
         similarity = F.normalize(key_sum, dim=-1) @ directions.to(key_sum.dtype)
-        bucket = torch.cat([similarity, -similarity], dim=-1).argmax(-1)  # (B, H, chunks, chunk)
+        bucket = torch.cat([similarity, -similarity], dim=-1).argmax(-1)  # (…, chunk_size)
         buckets = torch.arange(num_buckets, device=key_sum.device)[:, None]
-        members = (bucket[..., None, :] == buckets).to(key_sum.dtype)  # (…, num_buckets, chunk)
+        members = (bucket[..., None, :] == buckets).to(key_sum.dtype)  # (…, buckets, chunk_size)
     return [members @ x for x in (key_sum, value_sum, count)]
 
 

@@ -5,7 +5,7 @@
 Tasks:
     encoder   the encoder's states of a document
     generate  a text of 128 tokens by beam search with 4 beams
-    batch     the same for 32 documents of 600 tokens, with texts of 64 tokens
+    batch     texts of 64 tokens for 32 documents of 600 tokens
     train     a training step: forward, backward, Adam
     start     from a checkpoint to a model with all weights in memory
     lengths   the encoder at 1,024 to 16,384 tokens; writes lengths.json for docs/figures.py
@@ -19,16 +19,13 @@ Contenders have BARThez's sizes and the same random weights:
     bound           the linear layers alone: the calls that our model makes, with random inputs of
                     the same shapes; in training, forward and backward, and Adam. In start, reading
                     the file with a copy, which mapping it into memory avoids.
-    … one by one    in batch, each document alone. The others process batches of 8,192 tokens, as
-                    barthez.summarize does.
+    … one by one    in batch: a document at a time instead of batches of 8,192 tokens
 
 Each contender is a process. They take turns, A B C A B C …, and the first turn is not timed. A
 ratio compares runs of the same turn; the table shows the median, the least and the largest.
 
-Memory is the peak of a process in all its turns, above what it held once it had loaded. Freed
-memory is returned to the system at that point; otherwise a contender could reuse it uncounted.
-Training includes gradients and Adam's averages. With --device cuda, memory is what PyTorch
-allocates on the GPU.
+Memory is the peak of a process in all its turns, above what it held once it had loaded. Training
+includes gradients and Adam's averages. With --device cuda, it is what PyTorch allocates there.
 """
 
 import argparse
@@ -75,29 +72,31 @@ def contenders(job):
 
 
 def race(job, names):
-    """The seconds of all turns {name: list} and the peaks of memory {name: bytes}.
+    """The seconds of the timed turns {name: list} and the peaks of memory {name: bytes}.
 
     Contenders that do not load are left out.
     """
     seconds, memory, processes = {}, {}, {}
     with ExitStack() as stack:
         for name in names:
-            if name in PEERS and job["peers"] is None:
+            python = job["peers"] if name.startswith(PEERS) else sys.executable
+            if python is None:
                 continue
-            python = job["peers"] if name in PEERS else sys.executable
             command = [python, "-W", "ignore", CONTENDER, json.dumps(job | {"name": name})]
             process = stack.enter_context(subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
             if process.stdout.readline():  # it has loaded
                 seconds[name], processes[name] = [], process
-        for turn in range(job["rounds"] + 1):
+        for _ in range(job["rounds"] + 1):
             for name, process in processes.items():
                 print(file=process.stdin, flush=True)
-                answer = json.loads(process.stdout.readline())
+                answer = process.stdout.readline()
+                if not answer:
+                    raise ChildProcessError(f"{name} failed")
+                answer = json.loads(answer)
+                seconds[name].append(answer["seconds"])
                 memory[name] = answer["memory"]
-                if turn > 0:
-                    seconds[name].append(answer["seconds"])
-    return seconds, memory
+    return {name: turns[1:] for name, turns in seconds.items()}, memory
 
 
 def print_table(job, seconds, memory):
@@ -113,7 +112,7 @@ def print_table(job, seconds, memory):
               f"| {memory[name] / 1e9:.2f} |")
     print()
     for name in seconds:
-        if name in PEERS and job["task"] in ("encoder", "generate"):
+        if name.startswith(PEERS) and job["task"] in ("encoder", "generate"):
             print(f"- {name}: {agreement(job, name, first)}")
     print()
 
@@ -163,13 +162,12 @@ def write_checkpoint(job):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("task",
-                        choices=["encoder", "generate", "batch", "train", "start", "lengths"])
-    parser.add_argument("--peers", metavar="PYTHON", help="the interpreter of the peers' "
-                        "environment; see benchmarks/README.md (default: no peers)")
+    tasks = ["encoder", "generate", "batch", "train", "start", "lengths"]
+    parser.add_argument("task", choices=tasks)
+    parser.add_argument("--peers", metavar="PYTHON",
+                        help="their interpreter; see benchmarks/README.md (default: no peers)")
     parser.add_argument("--dense", action="store_true", help="models with full attention only")
-    parser.add_argument("--length", type=int,
-                        help="of a document, in tokens (default: 4096; batch: 600)")
+    parser.add_argument("--length", type=int, help="in tokens (default: 4096; batch: 600)")
     parser.add_argument("--documents", type=int, default=32, help="of batch (default: 32)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -183,7 +181,8 @@ def main():
     job["length"] = job["length"] or (600 if batch else 4096)
     job["documents"] = job["documents"] if batch else 1
     job["new_tokens"] = 64 if batch else 128
-    with tempfile.TemporaryDirectory() as job["folder"]:
+    with tempfile.TemporaryDirectory() as folder:
+        job["folder"] = folder
         write_checkpoint(job)
         if job["task"] == "lengths":
             lengths(job)

@@ -18,35 +18,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from barthez import group_by_length, load_model
 from cpu import keep_freed_memory, packed_weights
 
-PEERS = ("original", "transformers", "transformers, one by one", "CTranslate2 float32",
-         "CTranslate2 int8")
+PEERS = "original", "transformers", "CTranslate2"
 VOCAB_SIZE, NUM_BEAMS = 50002, 4
 
 
 def main():
     """Do the task once for each line of standard input. Answers are lines of JSON."""
     job = json.loads(sys.argv[1])
-    device = job["device"]
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
     torch.set_num_threads(job["threads"])
     if job["dtype"] == "float64":  # otherwise the original's lsh mixes it with float32, and fails
         torch.set_default_dtype(torch.float64)
         torch.Tensor.float = torch.Tensor.double
     do_task = prepare(job)
-    held = reset_peak(device)
+    held = reset_peak(job["device"])
     if job["compile"]:
         do_task()  # compiles, which may need more memory than the task
-        reset_peak(device)
+        reset_peak(job["device"])
     print("ready", file=answers, flush=True)
     for _ in sys.stdin:
         torch.manual_seed(0)  # lsh draws
         begin = time.perf_counter()
         result = do_task()
-        if device == "cuda":
+        if job["device"] == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
+        answer = {"seconds": seconds, "memory": peak(job["device"]) - held}
         torch.save(result, f"{job['folder']}/{job['name']}.pt")
-        answer = {"seconds": seconds, "memory": peak(device) - held}
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -78,7 +76,7 @@ def load(job):
     if name == "original":
         from lsg_converter.mbart.modeling_lsg_mbart import LSGMBartForConditionalGeneration
         model = LSGMBartForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype)
-    elif name in PEERS:
+    elif name.startswith(PEERS):
         from transformers import MBartForConditionalGeneration
         model = MBartForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype)
     else:
@@ -118,9 +116,7 @@ def generate(model, ids, job):
     length = job["new_tokens"] + 1  # with the start token
     texts = []
     for group in group_by_length([ids.shape[1]] * len(ids), batch_tokens):
-        batch = ids[group]
-        texts += model.generate(batch, attention_mask=torch.ones_like(batch), num_beams=NUM_BEAMS,
-                                min_length=length, max_length=length)
+        texts += model.generate(ids[group], num_beams=NUM_BEAMS, min_length=length, max_length=length)
     return torch.stack(texts)[:, 1:].flatten()
 
 
@@ -182,7 +178,7 @@ def reset_peak(device):
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise the task could reuse freed memory uncounted
         Path("/proc/self/clear_refs").write_text("5")
     return peak(device)
 

@@ -29,6 +29,7 @@ def no_network(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HF_HUB_CACHE", "/nonexistent/hub")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 def assert_close(actual, expected, tolerance=1e-5):
