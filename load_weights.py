@@ -66,7 +66,7 @@ def read_checkpoint(folder, overrides=None):
     if (folder / "generation_config.json").is_file():
         settings |= normalize_settings(read_json(folder / "generation_config.json"))
     if "id2label" in overrides:
-        settings["num_labels"] = None
+        settings["num_labels"] = None  # their number decides
     config = settings | overrides
     with reading(weights_file):
         tensors = rename(read_tensors(weights_file))

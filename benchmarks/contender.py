@@ -116,7 +116,8 @@ def generate(model, ids, job):
     length = job["new_tokens"] + 1  # with the start token
     texts = []
     for group in group_by_length([ids.shape[1]] * len(ids), batch_tokens):
-        texts += model.generate(ids[group], num_beams=NUM_BEAMS, min_length=length, max_length=length)
+        texts += model.generate(ids[group], num_beams=NUM_BEAMS,
+                                min_length=length, max_length=length)
     return torch.stack(texts)[:, 1:].flatten()
 
 

@@ -3,8 +3,6 @@
 The headers are those of public dumps: a relative 307 into resolve-cache for a file kept in git, a
 signed 302 to storage on another host for a large file, and `X-Error-Code` with errors. Variants:
 
-    hub.lfs             {repository: endings of its files in LFS}, where not the usual ones
-    hub.private         repositories that only hub.token opens; their small files come directly
     hub.gated           repositories that are listed, but whose files are refused
     hub.mirror          the address of a Hub to which this one redirects every request (308)
     hub.renamed         {name: new name}
@@ -30,8 +28,7 @@ class Hub:
     """`with Hub() as hub`: url, and log, a list of (hop, path, headers)."""
 
     def __init__(self):
-        self.repos, self.renamed, self.lfs = {}, {}, {}
-        self.private, self.gated = set(), set()
+        self.repos, self.renamed, self.gated = {}, {}, set()
         self.mirror, self.token = "", None
         self.faults, self.log = {"api": [], "resolve": [], "cache": [], "cdn": []}, []
         self.go = threading.Event()
@@ -49,14 +46,6 @@ class Hub:
         revisions = self.repos.setdefault(repo_id, {})
         revisions[revision] = revisions[commit] = commit, files
         return commit
-
-    def in_lfs(self, repo_id, name):
-        return name.endswith(self.lfs.get(repo_id, LFS))
-
-    def etag(self, repo_id, name, content):
-        if self.in_lfs(repo_id, name):
-            return hashlib.sha256(content).hexdigest()
-        return blob_id(content)
 
     def at(self, hop):
         """The headers of the requests at this hop."""
@@ -111,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
         commit, files = self.revision(repo_id, "/" not in revision and unquote(revision))
         siblings = [{"rfilename": name} for name in files]
         if parse_qs(parts.query).get("blobs") == ["true"]:
-            siblings = [self.sibling(repo_id, name, files[name]) for name in files]
+            siblings = [sibling(name, content) for name, content in files.items()]
         listing = {"id": repo_id, "sha": commit, "private": False, "siblings": siblings}
         headers = {"Content-Type": "application/json; charset=utf-8", "ETag": 'W/"3d1-x2YvT5"'}
         return 200, headers, json.dumps(listing).encode()
@@ -127,16 +116,16 @@ class Handler(BaseHTTPRequestHandler):
                                    "X-Error-Message": f"Access to model {repo_id} is restricted."})
         if name not in files:
             raise Refusal(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        content, etag = files[name], hub.etag(repo_id, name, files[name])
-        headers = {"X-Repo-Commit": commit, "X-Linked-ETag": f'"{etag}"'}
-        if hub.in_lfs(repo_id, name):
+        content, checksum = files[name], etag(name, files[name])
+        headers = {"X-Repo-Commit": commit, "X-Linked-ETag": f'"{checksum}"'}
+        if name.endswith(LFS):
             path = f"/xet-bridge-us/{commit}/{quote(name)}"
             target = f"{hub.cdn}{path}?Expires=1781098782&Signature={sign(path)}"
             headers |= {"X-Linked-Size": str(len(content)), "X-Xet-Hash": xet(content)}
             return 302, headers | {"Location": target}, f"Found. Redirecting to {target}".encode()
-        if repo_id in hub.private or "/" not in repo_id or not content:
-            return 200, {"X-Repo-Commit": commit, "ETag": f'"{etag}"'}, content
-        query = f"{quote(parts.path, safe='')}=&etag=%22{etag}%22"
+        if not content:
+            return 200, {"X-Repo-Commit": commit, "ETag": f'"{checksum}"'}, content
+        query = f"{quote(parts.path, safe='')}=&etag=%22{checksum}%22"
         target = f"/api/resolve-cache/models/{repo_id}/{commit}/{quote(name)}?{query}"
         return 307, headers | {"Location": target}, b"Temporary Redirect"
 
@@ -164,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(307, {"Location": self.path.replace(repo_id, hub.renamed[repo_id])})
         if token and token != hub.token:
             raise Refusal(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
-        if not token and (repo_id not in hub.repos or repo_id in hub.private):
+        if not token and repo_id not in hub.repos:
             raise Refusal(401, {"X-Error-Message": "Invalid username or password."})
         if repo_id not in hub.repos:
             raise Refusal(404, {"X-Error-Code": "RepoNotFound",
@@ -173,15 +162,6 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, {"X-Error-Code": "RevisionNotFound",
                                 "X-Error-Message": f"Invalid rev id: {revision}"})
         return hub.repos[repo_id][revision]
-
-    def sibling(self, repo_id, name, content):
-        """What the list of files says of one."""
-        sha256, size = hashlib.sha256(content).hexdigest(), len(content)
-        if not self.server.hub.in_lfs(repo_id, name):
-            return {"rfilename": name, "size": size, "blobId": blob_id(content)}
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
-        return {"rfilename": name, "size": size, "blobId": blob_id(pointer.encode()),
-                "lfs": {"sha256": sha256, "size": size, "pointerSize": len(pointer)}}
 
     def answer(self, status, headers, content=b""):
         hub, fault = self.server.hub, self.fault
@@ -216,6 +196,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def sibling(name, content):
+    """What the list of files says of one."""
+    sha256, size = hashlib.sha256(content).hexdigest(), len(content)
+    if not name.endswith(LFS):
+        return {"rfilename": name, "size": size, "blobId": blob_id(content)}
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
+    return {"rfilename": name, "size": size, "blobId": blob_id(pointer.encode()),
+            "lfs": {"sha256": sha256, "size": size, "pointerSize": len(pointer)}}
+
+
+def etag(name, content):
+    """The name of a file in the cache."""
+    return hashlib.sha256(content).hexdigest() if name.endswith(LFS) else blob_id(content)
 
 
 def xet(content):

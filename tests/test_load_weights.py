@@ -1,6 +1,5 @@
 """Loading and saving: names and formats of tensors, conversion, broken files, and older models."""
 
-import io
 import json
 import os
 import re
@@ -14,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from barthez import ARCHITECTURES, load_model, save_model
 from conftest import GOLDENS, assert_close
 from load_weights import GLOBALS, POSITIONS, read_tensors, reading
-from test_cli import PLAIN, POINTER, SETTINGS, TENSORS, fork, make_checkpoint
+from test_cli import PLAIN, POINTER, TENSORS, fork, make_checkpoint
 from tokenizer import BarthezTokenizer
 
 SHARED, *COPIES = NAMES = [
@@ -105,20 +104,14 @@ def test_an_lsg_model_keeps_its_globals_when_it_becomes_longer(tmp_path):
     assert GLOBALS not in load(tmp_path, lsg=False).state_dict()
 
 
-def test_an_override_wins_over_both_names_of_a_key(folder):
-    make_checkpoint(folder, attention_probs_dropout_prob=0.5)
-    assert load(folder).config.attention_dropout == 0.5
-    assert load(folder, attention_dropout=0.25).config.attention_dropout == 0.25
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, None])
-def test_all_weights_have_the_type_that_is_asked_for_or_float32(folder, dtype):
+@pytest.mark.parametrize("kind", ["ForConditionalGeneration", "ForSequenceClassification"])
+def test_all_weights_have_the_type_that_is_asked_for_or_float32(folder, kind):
     make_checkpoint(folder, {name: tensor.half() for name, tensor in TENSORS.items()})
-    options = {} if dtype is None else {"dtype": dtype}
-    for kind in "ForConditionalGeneration", "ForSequenceClassification":
+    for options in {}, {"dtype": torch.bfloat16}:
         model = load(folder, lsg=False, device="cpu", architecture=kind, **options)
-        assert {weights.dtype for weights in model.parameters()} == {dtype or torch.float32}
+        expected = options.get("dtype", torch.float32)
+        assert {weights.dtype for weights in model.parameters()} == {expected}
 
 
 def test_generation_config_is_merged_into_config_json(folder):
@@ -141,12 +134,8 @@ def test_the_tokenizer_takes_time_linear_in_the_text(text):
 # ------------------------------------------------------------------------------------------------
 # One matrix under four names
 
-VARIANTS = {
-    "shared": [SHARED], "encoder": [COPIES[0]], "decoder": [COPIES[1]], "lm_head": [COPIES[2]],
-    "encoder and decoder": COPIES[:2], "all": NAMES, "all but shared": COPIES}
 
-
-@pytest.mark.parametrize("names", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("names", [*([name] for name in COPIES), COPIES[:2], NAMES], ids=str)
 @pytest.mark.parametrize("lsg", [False, True])
 def test_tied_weights_may_have_any_of_their_names(folder, names, lsg, plain_logits):
     """SHARED is the one that is saved."""
@@ -172,16 +161,6 @@ def test_untied_weights_can_be_tied_and_saved(folder):
     assert model.model.encoder.embed_tokens.weight is model.model.shared.weight
     save_model(*load_model(folder, lsg=False, tie_word_embeddings=True), folder)
     assert torch.equal(load(folder, lsg=False).lm_head.weight, TENSORS[SHARED])
-
-
-def test_tied_weights_can_be_untied_and_saved(folder):
-    model, tokenizer = load_model(folder, lsg=False, tie_word_embeddings=False)
-    with torch.no_grad():
-        model.lm_head.weight += 1
-    save_model(model, tokenizer, folder)
-    again = load(folder, lsg=False)
-    assert torch.equal(again.lm_head.weight, TENSORS[SHARED] + 1)
-    assert torch.equal(again.model.shared.weight, TENSORS[SHARED])
 
 
 def test_a_file_may_lack_the_prefix_and_the_bias_and_have_old_names(folder, plain_logits):
@@ -240,12 +219,11 @@ def test_pickled_code_is_not_run(folder, zipped, monkeypatch):
 @reads_bin
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [
-    lambda: {"a": torch.eye(9).to_sparse_coo()}, lambda: {"a": torch.eye(9).to_sparse_csc()},
+    lambda: {"a": torch.eye(9).to_sparse_coo()}, lambda: {"a": torch.ones(9, device="meta")},
     lambda: {"a": torch.quantize_per_tensor(torch.ones(9), 0.1, 0, torch.qint8)},
     lambda: {"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
-    lambda: {"a": torch.ones(9, device="meta")}, lambda: {"a": 3}, lambda: {"a": TENSORS},
-    lambda: {5: torch.ones(9)}, lambda: [1, 2], lambda: torch.ones(9)],
-    ids=["coo", "csc", "quantized", "nested", "meta", "number", "dict", "name", "list", "tensor"])
+    lambda: {"a": TENSORS}, lambda: {5: torch.ones(9)}, lambda: torch.ones(9)],
+    ids=["sparse", "meta", "quantized", "nested", "dict", "name", "tensor"])
 def test_only_dense_tensors_come_out_of_a_bin_file(folder, make):
     save_bin(folder, make())
     with pytest.raises(ValueError, match="pytorch_model.bin.*(dense tensor|dict)"):
@@ -308,11 +286,9 @@ def test_a_head_of_the_checkpoint_is_used_without_a_warning(folder):
 
 
 @pytest.mark.parametrize("name, data", [
-    ("config.json", b""), ("config.json", b"[1]"), ("config.json", b"\xff\xfe"),
-    ("config.json", b'{"a":' * 100_000), ("generation_config.json", b"nonsense"),
-    ("model.safetensors", b""), ("model.safetensors", WEIGHTS[:1000]),
-    ("model.safetensors", WEIGHTS[:-1]), ("model.safetensors", WEIGHTS + b"x"),
-    ("pytorch_model.bin", b""), ("pytorch_model.bin", b"PK\x03\x04" + bytes(99)),
+    ("config.json", b"[1]"), ("config.json", b"\xff\xfe"), ("config.json", b'{"a":' * 100_000),
+    ("generation_config.json", b"nonsense"), ("model.safetensors", b""),
+    ("model.safetensors", WEIGHTS[:-1]), ("pytorch_model.bin", b""),
     ("pytorch_model.bin", POINTER), ("sentencepiece.bpe.model", b"<html>"),
     ("sentencepiece.bpe.model", POINTER), ("config.json", POINTER)],
     ids=lambda value: value if isinstance(value, str) else len(value))
@@ -352,27 +328,23 @@ def test_a_sharded_checkpoint_says_what_to_do(folder):
         load(folder)
 
 
-def saved_as(format):
-    """The bytes of a small file of this format."""
-    file, tensors = io.BytesIO(), {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}
-    if format == "safetensors":
-        return save(tensors, {"format": "pt"})
-    torch.save(tensors, file, _use_new_zipfile_serialization=format == "zip")
-    return file.getvalue()
-
-
 @pytest.mark.parametrize("format", ["safetensors", pytest.param("zip", marks=reads_bin),
                                     pytest.param("legacy", marks=reads_bin)])
 @pytest.mark.filterwarnings("ignore")
 @given(data=st.data())
 def test_a_damaged_file_is_read_or_an_error(tmp_path_factory, format, data):
     """Cut somewhere, and some bytes changed."""
-    content = saved_as(format)
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}
+    path = tmp_path_factory.mktemp("damaged") / "pytorch_model.bin"
+    if format == "safetensors":
+        path = path.with_name("model.safetensors")
+        save_file(tensors, path, {"format": "pt"})
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=format == "zip")
+    content = path.read_bytes()
     content = bytearray(content[:data.draw(st.integers(1, len(content)))])
     for _ in range(data.draw(st.integers(0, 5))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    name = "model.safetensors" if format == "safetensors" else "pytorch_model.bin"
-    path = tmp_path_factory.mktemp("damaged") / name
     path.write_bytes(content)
     try:
         with reading(path):
@@ -412,18 +384,12 @@ def test_what_is_saved_loads_and_saves_as_the_same_bytes(tmp_path, kind, options
 
 
 def test_a_saved_checkpoint_has_the_published_layout(tmp_path):
+    """test_golden.py compares config.json."""
     folder = tmp_path / "new" / "folder"
     save_model(*load_model(PLAIN, max_position_embeddings=1100), folder)
     assert files_of(folder).keys() == {"config.json", "model.safetensors", "tokenizer_config.json",
                                        "sentencepiece.bpe.model"}
     assert load_file(folder / "model.safetensors").keys() == TENSORS.keys() | {GLOBALS}
-    settings = json.loads((folder / "config.json").read_text())
-    changed = {key for key in SETTINGS.keys() & settings.keys() if settings[key] != SETTINGS[key]}
-    assert changed == {"architectures", "max_position_embeddings"}
-    assert settings["architectures"] == ["LSGMBartForConditionalGeneration"]
-    assert settings["auto_map"]["AutoModelForSeq2SeqLM"] == (
-        "ccdv/lsg-barthez-4096--modeling_lsg_mbart.LSGMBartForConditionalGeneration")
-    assert {"sparsity_type", "block_size", "num_global_tokens", "adaptive"} <= settings.keys()
     assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == 1100
 
 
@@ -433,15 +399,6 @@ def test_a_dense_checkpoint_has_no_lsg_keys(tmp_path):
     settings = json.loads((tmp_path / "config.json").read_text())
     assert settings["architectures"] == ["MBartForConditionalGeneration"]
     assert not re.search("lsg|sparse|global|auto_map", " ".join(settings))
-
-
-def test_a_model_can_be_saved_over_its_own_files(folder):
-    model, tokenizer = load_model(folder, lsg=False)
-    save_model(model, tokenizer, folder)
-    again = load(folder, lsg=False)
-    for name, tensor in TENSORS.items():
-        assert torch.equal(model.state_dict()[name], tensor)
-        assert torch.equal(again.state_dict()[name], tensor)
 
 
 @reads_bin

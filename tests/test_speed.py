@@ -2,8 +2,8 @@
 
 import ctypes
 import functools
+import inspect
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -20,8 +20,7 @@ from barthez import Attention, BarthezConfig, BarthezForConditionalGeneration, l
 from conftest import GOLDENS, assert_close
 
 ROOT = Path(__file__).parent.parent
-FILES = ("lsg.py", "barthez.py", "beam_search.py", "cpu.py", "hub.py", "tokenizer.py",
-         "load_weights.py")
+FILES = "lsg.py", "barthez.py", "beam_search.py", "hub.py", "tokenizer.py", "load_weights.py"
 EOS = 2
 DOCUMENT = torch.tensor([[0, 5, 9, EOS]])
 every_attention = pytest.mark.parametrize("kind", lsg.SPARSITY_TYPES[:-1] + ("dense",))
@@ -58,57 +57,37 @@ def convolution(monkeypatch):
 # ------------------------------------------------------------------------------------------------
 # The whole model, with and without the code
 
-RESULTS = """
-import sys
 
-import torch
-
-from barthez import load_model
-from lsg import SPARSITY_TYPES
-
-try:
-    import cpu
-    cpu.prefers_onednn = lambda: True  # take this path on all processors
-except ModuleNotFoundError:
-    assert "full" not in sys.argv
-
-checkpoint, output, _ = sys.argv[1:]
-torch.set_num_threads(1)
-torch.manual_seed(0)
-ids = torch.randint(4, 180, (2, 1100))  # long enough for attention and feed-forward in pieces
-ids[1, 700:] = 1
-labels = torch.randint(4, 180, (2, 40))
-results = {}
-
-
-def load(**changes):
-    return load_model(checkpoint, max_position_embeddings=2000, dropout=0.0, attention_dropout=0.0,
-                      activation_dropout=0.0, block_size=64, sparse_block_size=64, **changes)[0]
-
-
-for kind in SPARSITY_TYPES[:-1] + ("dense",):
-    lsg = kind != "dense"
-    changes = {"sparsity_type": kind, "num_global_tokens": 3} if lsg else {}
-    # In float64, rounding never decides to which direction a key is nearest.
-    model = load(lsg=lsg, dtype=torch.float64 if kind == "lsh" else torch.float32, **changes)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        states, visible = model.model.encoder(ids, ids != 1)
-    results[f"states {kind}"] = states, visible
-
-    torch.manual_seed(1)
-    out = model.train()(ids, ids != 1, labels=labels)
-    out.loss.backward()
-    results[f"logits {kind}"] = out.logits.detach(), out.loss.detach()
-    results[f"gradients {kind}"] = tuple(parameter.grad for parameter in model.parameters())
-
-for lsg in True, False:
-    for num_beams in 1, 4:
-        generated = load(lsg=lsg).generate(ids[:, :400], num_beams=num_beams, max_length=25,
-                                           num_return_sequences=num_beams, min_length=15)
-        results[f"ids lsg={lsg} num_beams={num_beams}"] = generated,
-torch.save(results, output)
-"""
+def compute(checkpoint):
+    """States, logits, gradients and generated ids, {name: tensors}. Reads the modules of the
+    project that it finds."""
+    torch.manual_seed(0)
+    ids = torch.randint(4, 180, (2, 600))  # long enough for convolutions
+    ids[1, 400:] = 1
+    labels = torch.randint(4, 180, (2, 40))
+    sizes = {"max_position_embeddings": 600, "block_size": 32, "sparse_block_size": 32}
+    no_dropout = dict.fromkeys(["dropout", "attention_dropout", "activation_dropout"], 0.0)
+    results = {}
+    for kind in lsg.SPARSITY_TYPES[:-1] + ("dense",):
+        options = {"sparsity_type": kind, "num_global_tokens": 3}
+        if kind == "dense":
+            options = {"lsg": False}
+        # In float64, rounding never decides to which direction a key is nearest.
+        dtype = torch.float64 if kind == "lsh" else torch.float32
+        model, _ = load_model(checkpoint, dtype=dtype, **sizes, **no_dropout, **options)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            states, visible = model.model.encoder(ids, ids != 1)
+        if kind in ("norm", "dense"):
+            for num_beams in 1, 4:
+                results[f"ids {kind} num_beams={num_beams}"] = model.generate(
+                    ids[:, :300], num_beams=num_beams, max_length=25, min_length=15)
+        torch.manual_seed(1)
+        out = model.train()(ids, ids != 1, labels=labels)
+        out.loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        results[kind] = [states, visible, out.logits.detach(), out.loss.detach(), *gradients]
+    return results
 
 
 def without_cpu(source):
@@ -124,43 +103,36 @@ def without_cpu(source):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The results of the whole project, and those without cpu.py."""
-    both = []
-    for version in "full", "plain":
-        folder = tmp_path_factory.mktemp(version)
-        sources = {name: (ROOT / name).read_text("utf-8") for name in FILES}
-        if version == "plain":
-            del sources["cpu.py"]
-            sources["barthez.py"] = without_cpu(sources["barthez.py"])
-        for name, source in sources.items():
-            (folder / name).write_text(source, "utf-8")
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        command = [sys.executable, "-c", RESULTS, GOLDENS / "plain", folder / "results", version]
-        subprocess.run(command, cwd=folder, env=environment, check=True)
-        both.append(torch.load(folder / "results"))
-    return both
+    """The results of the whole project, and those of a copy without cpu.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "prefers_onednn", lambda: True)  # take this path on all processors
+        full = compute(GOLDENS / "plain")
+    folder = tmp_path_factory.mktemp("plain")
+    for name in FILES:
+        source = (ROOT / name).read_text("utf-8")
+        source = without_cpu(source) if name == "barthez.py" else source
+        (folder / name).write_text(source, "utf-8")
+    (folder / "main.py").write_text(
+        "import sys, torch, lsg\nfrom barthez import load_model\ntorch.set_num_threads(1)\n"
+        f"{inspect.getsource(compute)}torch.save(compute(sys.argv[1]), 'results')", "utf-8")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, "main.py", GOLDENS / "plain"], cwd=folder, env=environment,
+                   check=True)
+    return full, torch.load(folder / "results")
 
 
 @every_attention
-def test_states_and_logits_are_equal_without_cpu_py(results, kind):
-    for name in f"states {kind}", f"logits {kind}":
-        full, plain = (version[name] for version in results)
-        for a, b in zip(full, plain, strict=True):
-            assert_close(a.double(), b.double())
-
-
-@every_attention
-def test_gradients_are_equal_without_cpu_py(results, kind):
-    full, plain = (version[f"gradients {kind}"] for version in results)
+def test_states_logits_and_gradients_are_equal_without_cpu_py(results, kind):
+    full, plain = (version[kind] for version in results)
     for a, b in zip(full, plain, strict=True):
-        assert_close(a, b)
+        assert_close(a.double(), b.double())
 
 
 def test_generated_ids_are_equal_without_cpu_py(results):
     names = [name for name in results[0] if name.startswith("ids ")]
     assert len(names) == 4
     for name in names:
-        full, plain = (version[name][0].tolist() for version in results)
+        full, plain = (version[name].tolist() for version in results)
         assert full == plain
         assert len(full[0]) > 15, "the texts are too short to prove anything"
 
@@ -186,7 +158,9 @@ def test_dropout_in_pieces_has_the_right_gradient():
     above, below = (attention_in_pieces(*inputs + step * direction, dropout_p=0.3)
                     for step in (1e-6, -1e-6))
     expected = ((above - below) * weights).sum() / 2e-6
-    assert (out - attention_in_pieces(*inputs)).abs().max() > 1e-3, "nothing is dropped"
+    whole, first_head = attention_in_pieces(*inputs), attention_in_pieces(*inputs[:, :, :1])
+    assert_close(whole[:, :1], first_head)
+    assert (out - whole).abs().max() > 1e-3, "nothing is dropped"
     assert_close((gradient * direction).sum() / expected, torch.ones_like(expected), 1e-6)
 
 
@@ -246,16 +220,6 @@ def test_packed_products_equal_f_linear(shape, dtype, tolerance, bias):
         assert_close(layer(x), F.linear(x, layer.weight, layer.bias), tolerance)
 
 
-def test_accelerate_keeps_parameters_names_and_modes():
-    model = tiny_model()
-    before, modes = dict(model.named_parameters()), [m.training for m in model.modules()]
-    cpu.accelerate(model)
-    after = dict(model.named_parameters())
-    assert list(before) == list(after) and [m.training for m in model.modules()] == modes
-    assert all(before[name] is after[name] for name in before)
-    assert model.lm_head.weight is model.model.shared.weight
-
-
 def test_all_layers_and_attentions_of_a_loaded_model_are_fast():
     model, _ = load_model(GOLDENS / "plain")
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -267,10 +231,8 @@ def test_all_layers_and_attentions_of_a_loaded_model_are_fast():
 
 @needs_onednn
 @pytest.mark.parametrize("cpuinfo, windows, expected", [
-    ("vendor_id : AuthenticAMD", None, True), ("vendor_id : GenuineIntel", None, False),
-    ("CPU implementer : 0x41", None, False),
-    (None, "AMD64 Family 25 Model 33 Stepping 2, AuthenticAMD", True),
-    (None, "Intel64 Family 6 Model 158 Stepping 10, GenuineIntel", False), (None, None, False)])
+    ("vendor_id : AuthenticAMD", "", True), ("vendor_id : GenuineIntel", "", False),
+    (None, "AMD64 Family 25 Model 33 Stepping 2, AuthenticAMD", True), (None, "", False)])
 def test_the_maker_of_the_processor_chooses_the_library(cpuinfo, windows, expected, monkeypatch):
     def read_text(path):
         if cpuinfo is None:
@@ -278,7 +240,7 @@ def test_the_maker_of_the_processor_chooses_the_library(cpuinfo, windows, expect
         return cpuinfo
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    monkeypatch.setenv("PROCESSOR_IDENTIFIER", windows or "")
+    monkeypatch.setenv("PROCESSOR_IDENTIFIER", windows)
     assert cpu.prefers_onednn() == expected
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not cpu.prefers_onednn()
@@ -302,16 +264,23 @@ def test_the_encoder_compiles_to_one_graph(training, convolution):
     assert_close(compiled(ids)[0], expected)
 
 
-def test_texts_of_ten_lengths_compile_with_the_masks_of_the_tokenizer():
-    """PyTorch compiles at most 8 graphs; then fullgraph=True is an error."""
+def test_texts_of_many_lengths_compile_to_two_graphs():
+    """One for the first length, and one for all lengths. PyTorch compiles at most 8."""
     torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
     attend = functools.partial(lsg.lsg_attention, block_size=4, sparse_block_size=4)
-    compiled = torch.compile(attend, fullgraph=True, backend="eager")
-    for length in 1200, 1300, 7, 601, 2500, 333, 4001, 1900, 20, 3000:
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    for length in 1200, 1300, 2500, 334, 4003:
         x = torch.randn(1, 2, length, 5)
-        mask = torch.ones(1, length, dtype=torch.int64)
+        mask = torch.ones(1, length, dtype=torch.int64)  # as the tokenizer returns it
         mask[0, -2:] = 0
         assert_close(compiled(x, x, x, mask), attend(x, x, x, mask))
+    assert len(graphs) == 2
 
 
 # ------------------------------------------------------------------------------------------------
@@ -344,14 +313,6 @@ def test_weights_are_packed_only_while_generating():
         model.generate(DOCUMENT)
     note()
     assert not any(packed[-1])
-
-
-def test_new_weights_give_new_texts():
-    model, other = tiny_model(3), tiny_model(5)
-    settings = {"num_beams": 3, "max_length": 9, "min_length": 6}
-    first, expected = model.generate(DOCUMENT, **settings), other.generate(DOCUMENT, **settings)
-    model.load_state_dict(other.state_dict())
-    assert model.generate(DOCUMENT, **settings).equal(expected) and not first.equal(expected)
 
 
 def test_two_threads_may_generate_with_one_model():
@@ -387,23 +348,17 @@ def test_nothing_is_packed_under_autocast():
 # Memory
 
 
-def test_keep_freed_memory_sets_two_options_of_glibc(monkeypatch):
+def test_keep_freed_memory_sets_two_options_of_glibc_if_there_is_one(monkeypatch):
     class Library:
         calls = []
 
         def mallopt(self, option, value):
             self.calls.append((option, value))
 
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
-    cpu.keep_freed_memory()
-    assert Library.calls == [(-4, 0), (-1, -1)]
-
-
-def test_keep_freed_memory_does_nothing_without_glibc(monkeypatch):
     def missing(name):
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(ctypes, "CDLL", missing)
-    cpu.keep_freed_memory()
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # a library without mallopt
-    cpu.keep_freed_memory()
+    for load in missing, lambda name: object(), lambda name: Library():
+        monkeypatch.setattr(ctypes, "CDLL", load)
+        cpu.keep_freed_memory()
+    assert Library.calls == [(-4, 0), (-1, -1)]

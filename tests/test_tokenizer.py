@@ -19,11 +19,8 @@ TOKENIZER = BarthezTokenizer(MODEL_FILE)
 # Ids and texts of the original
 
 
-def test_the_size_of_the_vocabulary_equals_the_original():
-    assert len(TOKENIZER) == RECORDED["vocab_size"]
-
-
 def test_encode_equals_the_original():
+    assert len(TOKENIZER) == RECORDED["vocab_size"]
     assert [[text, TOKENIZER.encode(text)] for text, _ in RECORDED["encode"]] == RECORDED["encode"]
 
 
@@ -135,19 +132,6 @@ def test_special_tokens_in_a_text_are_recognized(before, token, after):
 # Ids and special tokens
 
 
-def test_special_ids_are_the_published_ones():
-    assert TOKENIZER.special_ids == {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 180}
-    assert [TOKENIZER.bos_token_id, TOKENIZER.pad_token_id, TOKENIZER.eos_token_id,
-            TOKENIZER.unk_token_id, TOKENIZER.mask_token_id] == [0, 1, 2, 3, 180]
-
-
-def test_mask_includes_only_the_space_before_it():
-    bare = TOKENIZER.encode("le meilleur<mask>du monde")
-    assert bare == TOKENIZER.encode("le meilleur <mask>du monde")
-    assert bare == TOKENIZER.encode("le meilleur  \n<mask> du monde")
-    assert bare.count(TOKENIZER.mask_token_id) == 1
-
-
 def test_a_mask_that_is_missing_gets_the_next_id(tmp_path):
     piece = b"\n\x0f\n\x06<mask>\x15\0\0\0\0\x18\x03"  # see make_goldens.py
     data = MODEL_FILE.read_bytes()
@@ -169,43 +153,19 @@ def test_decode_accepts_lists_and_tensors():
         assert TOKENIZER.decode(empty) == ""
 
 
-def test_decode_can_show_special_tokens():
-    ids = TOKENIZER.encode("Où ?", "Ici !")
-    assert TOKENIZER.decode(ids, skip_special_tokens=False) == "<s> Où ?</s></s> Ici !</s>"
-    assert TOKENIZER.decode(ids) == "Où ? Ici !"
-
-
 # ------------------------------------------------------------------------------------------------
 # Batches
 
 LONG, SHORT = "Le château, la fenêtre, l'île, le goût.", "Zoé."
-LONG_LENGTH, SHORT_LENGTH = len(TOKENIZER.encode(LONG)), len(TOKENIZER.encode(SHORT))
 
 
-def test_one_text_is_a_batch_of_one():
-    batch = TOKENIZER(SHORT)
-    assert batch["input_ids"].tolist() == [TOKENIZER.encode(SHORT)]
-    assert batch["attention_mask"].tolist() == [[1] * SHORT_LENGTH]
-
-
-@pytest.mark.parametrize("options, width", [
-    ({"padding": True}, LONG_LENGTH),
-    ({"padding": "longest", "pad_to_multiple_of": 16}, -(-LONG_LENGTH // 16) * 16),
-    ({"padding": "max_length", "max_length": LONG_LENGTH + 3}, LONG_LENGTH + 3),
-    ({"padding": "max_length", "max_length": LONG_LENGTH + 3, "pad_to_multiple_of": 7},
-     -(-(LONG_LENGTH + 3) // 7) * 7),
-    ({"padding": True, "truncation": True, "max_length": SHORT_LENGTH + 2}, SHORT_LENGTH + 2),
-    ({"padding": "max_length", "truncation": True, "max_length": SHORT_LENGTH + 2},
-     SHORT_LENGTH + 2)])
-def test_padding_follows_the_text_and_is_masked(options, width):
-    batch = TOKENIZER([SHORT, LONG], **options)
-    kept = min(LONG_LENGTH, width)
-    short = TOKENIZER.encode(SHORT) + [1] * (width - SHORT_LENGTH)
-    long = TOKENIZER.encode(LONG)[:kept - 1] + [2] + [1] * (width - kept)
-    assert batch["input_ids"].tolist() == [short, long]
-    short_mask = [1] * SHORT_LENGTH + [0] * (width - SHORT_LENGTH)
-    long_mask = [1] * kept + [0] * (width - kept)
-    assert batch["attention_mask"].tolist() == [short_mask, long_mask]
+def test_padding_follows_the_text_and_is_masked():
+    batch = TOKENIZER([SHORT, LONG], padding="max_length", max_length=29, pad_to_multiple_of=7)
+    for text, ids, mask in zip([SHORT, LONG], batch["input_ids"], batch["attention_mask"]):
+        expected = TOKENIZER.encode(text)
+        padding = 35 - len(expected)
+        assert ids.tolist() == expected + [1] * padding
+        assert mask.tolist() == [1] * len(expected) + [0] * padding
 
 
 @given(st.text("aé ", max_size=30), st.text("aé ", max_size=30), st.integers(4, 40))
@@ -228,14 +188,7 @@ def test_truncation_defaults_to_model_max_length():
     assert tokenizer(LONG, truncation=True)["input_ids"].tolist() == [
         TOKENIZER.encode(LONG)[:4] + [2]]
     assert tokenizer(SHORT, padding="max_length", truncation=True)["input_ids"].shape == (1, 5)
-    assert tokenizer(LONG)["input_ids"].shape == (1, LONG_LENGTH)
-
-
-def test_each_text_has_its_own_pair():
-    batch = TOKENIZER([SHORT, LONG], [LONG, SHORT], padding=True)
-    assert batch["input_ids"].tolist() == [TOKENIZER.encode(SHORT, LONG),
-                                           TOKENIZER.encode(LONG, SHORT)]
-    assert TOKENIZER(SHORT, LONG)["input_ids"].tolist() == [TOKENIZER.encode(SHORT, LONG)]
+    assert tokenizer(LONG)["input_ids"].tolist() == [TOKENIZER.encode(LONG)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -249,9 +202,7 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path):
         BarthezTokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", MODEL_FILE.read_bytes()[:1000],
-                                  b"version https://git-lfs.github.com/spec/v1\n"],
-                         ids=["empty", "text", "truncated", "pointer"])
+@pytest.mark.parametrize("data", [b"", MODEL_FILE.read_bytes()[:1000]], ids=["empty", "cut"])
 def test_a_file_of_another_kind_is_an_error_that_names_it(tmp_path, data):
     (tmp_path / "spm.model").write_bytes(data)
     with pytest.raises(ValueError, match="spm.model is not a SentencePiece model"):

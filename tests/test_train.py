@@ -7,7 +7,6 @@ import random
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -65,15 +64,6 @@ def run(pairs, output, *options):
     return load_file(output / "model.safetensors")
 
 
-def run_child(arguments, status=0):
-    """Run Python in a process of its own. Returns what it prints to stderr."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    child = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, timeout=120,
-                           capture_output=True, text=True, check=False)
-    assert child.returncode == status, child.stderr
-    return child.stderr
-
-
 def assert_same(a, b, tolerance=0.0):
     """Equal weights. A tolerance leaves out the biases of keys, whose gradients are rounding."""
     assert a.keys() == b.keys()
@@ -102,10 +92,10 @@ GOOD_LINE = b'{"document": "a", "summary": "b"}\n'
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"{", "line 1, "), (b'{"document": 3, "summary": "b"}', "line 1, "),
-    (b'{"document": "a"}', "line 1, "), (b'["a"]', "line 1, "), (b"[" * 10 ** 6, "line 1, "),
+    (b"{", "line 1, "), (b'{"document": 3, "summary": "b"}', "line 1, "), (b'["a"]', "line 1, "),
+    (b"[" * 10 ** 6, "line 1, "), (b"\n", "is empty"),
     (GOOD_LINE + '{"document": "été", "summary": "b"}'.encode("latin-1"), "line 2, "),
-    (GOOD_LINE * 2 + rb'{"document": "\ud800", "summary": "b"}', "line 3, "), (b"\n", "is empty")])
+    (GOOD_LINE * 2 + rb'{"document": "\ud800", "summary": "b"}', "line 3, ")])
 def test_a_line_that_is_no_pair_is_named(tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
@@ -162,13 +152,6 @@ def test_the_loss_is_the_formula(pairs, smoothing):
     assert_close(loss / expected, torch.ones((), dtype=torch.float64), 1e-6)
 
 
-def test_rouge_by_hand():
-    assert train.rouge("le chat dort", "le chat mange") == pytest.approx((2 / 3, 1 / 2, 2 / 3))
-    assert train.rouge("a b c d", "d c b a") == pytest.approx((1, 0, 1 / 4))
-    assert train.rouge("L’été !", "l’été") == pytest.approx((1, 1, 1))
-    assert train.rouge("", "mot") == (0, 0, 0)
-
-
 def test_rouge_is_the_definition():
     rng = random.Random(0)
     for _ in range(50):
@@ -191,7 +174,8 @@ def test_rouge_is_the_definition():
     "Les élè\u00adves dé\u00adploient déjà l’af\u00adfiche"])  # soft hyphens
 def test_rouge_of_the_same_words_in_another_encoding_is_one(other):
     assert train.rouge("Les élèves déploient déjà l’affiche", other) == (1, 1, 1)
-    assert train.rouge(other, "Les élèves déploient déjà l’affiche") == (1, 1, 1)
+    assert train.rouge(other, "Les élèves déploient déjà l’affiche !") == (1, 1, 1)
+    assert train.rouge("", other) == (0, 0, 0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -225,7 +209,7 @@ def test_accumulated_batches_count_as_one(pairs, tmp_path):
     assert_same(run(pairs, tmp_path / "five", *options, 400, "--accumulate", 5), once, 3e-4)
 
 
-PRINT_NORMS = """
+TRAIN_AND_PRINT_NORMS = """
 import barthez, torch, train
 clip = torch.nn.utils.clip_grad_norm_
 def clip_and_print(weights, most):
@@ -233,25 +217,30 @@ def clip_and_print(weights, most):
     train.say(f"norm {norm:.4f}")
     return norm
 torch.nn.utils.clip_grad_norm_ = clip_and_print
+barthez.run(train.main)
 """
 
 
 def test_two_processes_train_as_one_that_accumulates(pairs, tmp_path, capsys, monkeypatch):
-    options = *NO_DROPOUT, "--steps", 6, "--learning-rate", 1e-4
+    options = *NO_DROPOUT, "--steps", 3, "--learning-rate", 1e-4
     script = tmp_path / "script.py"
-    script.write_text(PRINT_NORMS + "barthez.run(train.main)")
-    command = arguments(pairs, tmp_path / "two", *options, "--accumulate", 2)
-    printed_by_two = run_child(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                                "2", str(script), *command[1:]])
+    script.write_text(TRAIN_AND_PRINT_NORMS)
+    _, *words = arguments(pairs, tmp_path / "two", *options, "--accumulate", 2)
+    printed = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         script, *words], env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=120, capture_output=True, text=True, check=True).stderr
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
-    exec(PRINT_NORMS, {})
-    one = run(pairs, tmp_path / "one", *options, "--accumulate", 4)
-    numbers = [torch.tensor([float(x) for x in re.findall(r"(?:loss|norm) (\d+\.\d+)", printed)])
-               for printed in (printed_by_two, capsys.readouterr().err)]
-    assert len(numbers[1]) == 8  # two lines of progress, six norms
-    assert_close(numbers[0], numbers[1], 2e-3)
-    assert_same(load_file(tmp_path / "two" / "model.safetensors"), one, 3e-4)
+    monkeypatch.setattr(sys, "argv", arguments(pairs, tmp_path / "one", *options,
+                                               "--accumulate", 4))
+    exec(TRAIN_AND_PRINT_NORMS, {})
+    two, one = (torch.tensor([float(x) for x in re.findall(r"(?:loss|norm) (\d+\.\d+)", text)])
+                for text in (printed, capsys.readouterr().err))
+    assert len(one) == 5  # two lines of progress, three norms
+    assert_close(two, one, 2e-3)
+    assert_same(load_file(tmp_path / "two" / "model.safetensors"),
+                load_file(tmp_path / "one" / "model.safetensors"), 3e-4)
 
 
 def test_options_of_the_update_have_an_effect(pairs, tmp_path):
@@ -267,11 +256,6 @@ def test_only_the_global_embeddings_change_if_asked(pairs, tmp_path):
                 "--weight-decay", 0)
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed == {"model.encoder.global_embeddings.weight"}
-
-
-def test_gradient_checkpointing_changes_no_result(pairs, tmp_path):
-    without = run(pairs, tmp_path / "a", "--steps", 2)
-    assert_same(run(pairs, tmp_path / "b", "--steps", 2, "--gradient-checkpointing"), without, 1e-6)
 
 
 def test_the_best_model_is_saved_not_the_last(pairs, tmp_path, monkeypatch):
@@ -314,45 +298,26 @@ def test_the_saved_model_writes_as_it_was_measured(pairs, tmp_path, capsys, in_c
 
 def test_an_interrupted_run_resumes_to_the_same_result(pairs, tmp_path, capsys, monkeypatch):
     options = ("--steps", 4, "--evaluate-every", 2, "--validation", pairs, "--evaluate-on", 1,
-               "--num-beams", 2)
+               "--num-beams", 2, "--max-target-length", 8)
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
     whole = run(pairs, tmp_path / "whole", *options)
-    for name, call, resumed_after in (("update", 4, 3), ("measure", 1, 1), ("save_model", 2, 3),
-                                      ("save_checkpoint", 4, 2)):
-        calls, function = itertools.count(1), getattr(train, name)
+    for module, name, call, resumed_after in (
+            (train, "update", 4, 3), (train, "measure", 1, 1), (train, "save_model", 2, 3),
+            (torch, "save", 4, 2)):
+        calls, function = itertools.count(1), getattr(module, name)
 
         def interrupted(*arguments):
             if next(calls) == call:
+                if name == "save":
+                    Path(arguments[1]).write_bytes(b"half")
                 raise KeyboardInterrupt
             return function(*arguments)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(train, name, interrupted)
+            patch.setattr(module, name, interrupted)
             run(pairs, tmp_path / name, *options)
         assert_same(run(pairs, tmp_path / name, *options), whole)
         assert f"resuming after step {resumed_after} of 4" in capsys.readouterr().err
-
-
-KILLED = """
-import os, signal, torch, train
-train.CHECKPOINT_SECONDS = 0
-save = torch.save
-def save_half(state, path):
-    save(state, path)
-    if state["progress"]["step"] == 3:
-        os.truncate(path, 10_000)
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = save_half
-train.main()
-"""
-
-
-def test_a_run_that_was_killed_while_it_saved_resumes(pairs, tmp_path, capsys):
-    whole = run(pairs, tmp_path / "whole", "--steps", 4)
-    command = arguments(pairs, tmp_path / "killed", "--steps", 4)
-    run_child(["-c", KILLED, *command[1:]], status=-signal.SIGKILL)
-    assert_same(run(pairs, tmp_path / "killed", "--steps", 4), whole)
-    assert "resuming after step 2 of 4" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_repeated_wherever_its_files_are(pairs, tmp_path, capsys):
@@ -374,8 +339,7 @@ def refused(pairs, tmp_path, message, *options):
 
 
 @pytest.mark.parametrize("options, difference", [
-    (["--steps", 2], "steps was 1 and is now 2"),
-    (["--learning-rate", 0.5], r"learning_rate was 0.001 and is now 0.5"),
+    ([], "number of processes was 1 and is now 2"), (["--steps", 2], "steps was 1 and is now 2"),
     (["--model", "copy"], "model was .*plain and is now .*copy"),
     (["--set", "dropout=0.5"], r"\(dropout was 0.1 and is now 0.5\)"),
     (["--train", "other.jsonl"], r"\(sha256 of --train was \w+ and is now \w+\)")])
@@ -384,28 +348,21 @@ def test_another_run_does_not_resume(pairs, tmp_path, monkeypatch, options, diff
     shutil.copytree(GOLDENS / "plain", "copy")
     Path("other.jsonl").write_text(pairs.read_text().replace("Paris", "Lyon"))
     run(pairs, tmp_path / "model", "--steps", 1)
+    if not options:
+        monkeypatch.setattr(train, "PROCESSES", 2)
     refused(pairs, tmp_path, difference, *options)
 
 
-def test_a_run_with_more_processes_does_not_resume(pairs, tmp_path, monkeypatch):
-    run(pairs, tmp_path / "model", "--steps", 1)
-    monkeypatch.setattr(train, "PROCESSES", 2)
-    refused(pairs, tmp_path, "number of processes was 1 and is now 2")
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "another program"])
-def test_a_damaged_checkpoint_is_refused_and_the_remedies_work(pairs, tmp_path, damage):
+@pytest.mark.parametrize("damage", ["cut", "one bit", "another program"])
+def test_a_damaged_checkpoint_is_refused(pairs, tmp_path, damage):
     path = tmp_path / "model" / "checkpoint.pt"
     weights = run(pairs, tmp_path / "model", "--steps", 1)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    path.write_bytes({"cut": content[:1000], "empty": b""}.get(damage, content))
+    path.write_bytes(content[:1000] if damage == "cut" else content)
     if damage == "another program":
         torch.save({"model": weights}, path)
     refused(pairs, tmp_path, "is damaged or is not from this program")
-    assert_same(run(pairs, tmp_path / "another", "--steps", 1), weights)
-    shutil.rmtree(tmp_path / "model")
-    assert_same(run(pairs, tmp_path / "model", "--steps", 1), weights)
 
 
 def test_a_model_without_checkpoint_is_not_replaced(pairs, tmp_path):
@@ -450,11 +407,10 @@ def test_a_model_that_diverges_is_not_saved(pairs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--steps", "0"], "begin at 1"), (["--evaluate-every", "0"], "begin at 1"),
-    (["--warmup", "200"], "--warmup is from 0 to 1"), (["--num-beams", "0"], "num_beams=0"),
+    (["--steps", "0"], "begin at 1"), (["--warmup", "200"], "--warmup is from 0 to 1"),
     (["--max-target-length", "30", "--set", "min_length=40"], "above max_length=30"),
     (["--evaluate", "x"], "not allowed with argument --train"),
-    (["--validation", "/nonexistent"], "/nonexistent"), (["--set", "nothing=1"], "nothing")])
+    (["--validation", "/nonexistent"], "/nonexistent")])
 def test_a_wrong_option_is_one_line_and_status_2(pairs, tmp_path, monkeypatch, capsys, options,
                                                  message):
     monkeypatch.setattr(sys, "argv", arguments(pairs, tmp_path / "model", *options))
