@@ -114,12 +114,16 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
         heads_per_piece = max(1, 20_000 // table.numel())
     tensors = query, key, value, visible, *sparse
     pieces = zip(*(x.flatten(0, 1).split(heads_per_piece) for x in tensors))
-    if torch.is_grad_enabled():  # compute each piece again in the backward pass, to save memory
-        out = [checkpoint(attend, *piece, table, G, dropout_p, attention, use_reentrant=False)
-               for piece in pieces]
+    arguments = table, G, dropout_p, attention
+    if query.requires_grad or key.requires_grad or value.requires_grad:
+        # Compute each piece again in the backward pass, to save memory.
+        out = torch.cat([checkpoint(attend, *piece, *arguments, use_reentrant=False)
+                         for piece in pieces])
     else:
-        out = [attend(*piece, table, G, dropout_p, attention) for piece in pieces]
-    return torch.cat(out).unflatten(0, (B, H))[:, :, :T]
+        out = value.new_empty(B * H, query.shape[2], value.shape[3])
+        for piece, place in zip(pieces, out.split(heads_per_piece)):
+            place.copy_(attend(*piece, *arguments))
+    return out.unflatten(0, (B, H))[:, :, :T]
 
 
 def attend(query, key, value, visible, sparse_key, sparse_value, sparse_visible, table, G,
