@@ -48,7 +48,6 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, 
                "gelu_new": partial(F.gelu, approximate="tanh")}
 LSG_OPTIONS = ("block_size", "sparse_block_size", "sparsity_factor", "sparsity_type",
                "num_global_tokens", "lsh_num_pre_rounds", "adaptive")  # of lsg_attention
-LSG_KEYS = LSG_OPTIONS + ("mask_first_token", "pass_global_tokens_to_decoder", "pool_with_global")
 OTHER_HEADS = ("classification_head.", "qa_outputs.")  # of models that do not write text
 HEADS = OTHER_HEADS + ("lm_head.", "final_logits_bias")
 
@@ -157,10 +156,10 @@ class Attention(nn.Module):
     lsg_options: those of lsg_attention; None: full attention.
     """
 
-    def __init__(self, embed_dim, num_heads, dropout, lsg_options=None, attention=full_attention):
+    def __init__(self, embed_dim, num_heads, dropout, lsg_options=None):
         super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
-        self.lsg_options, self.attention = lsg_options, attention
+        self.num_heads, self.dropout, self.lsg_options = num_heads, dropout, lsg_options
+        self.attention = full_attention
         self.k_proj = nn.Linear(embed_dim, embed_dim)
         self.v_proj = nn.Linear(embed_dim, embed_dim)
         self.q_proj = nn.Linear(embed_dim, embed_dim)
@@ -425,7 +424,10 @@ class BarthezForConditionalGeneration(nn.Module):
         self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         init_weights(self.lm_head, config)
-        if config.tie_word_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.shared.weight
 
     def logits(self, states):
@@ -629,13 +631,7 @@ def build_model(settings, tensors, architecture=None):
     named = nn.ModuleDict({"model": model}) if kind is BarthezModel else model
     names = named.state_dict().keys()
 
-    shared = nn.Parameter(tensors[EMBEDDING])  # one parameter under all of its names
     given = {"final_logits_bias": torch.zeros(1, config.vocab_size)} | tensors
-    given |= dict.fromkeys(EMBEDDINGS[:3], shared)  # all but lm_head.weight
-    if config.tie_word_embeddings:
-        given["lm_head.weight"] = shared
-    elif "lm_head.weight" in given:  # may be the embedding's tensor, but is a parameter of its own
-        given["lm_head.weight"] = given["lm_head.weight"].clone()
     given = {name: x for name, x in given.items()
              if name in names or not name.startswith((*HEADS, GLOBALS))}
     new = [name for name in names - given.keys() if name.startswith(OTHER_HEADS)]
@@ -647,6 +643,8 @@ def build_model(settings, tensors, architecture=None):
     if kind is BarthezForConditionalGeneration and other_head(tensors):
         warnings.warn("the checkpoint was made for another task: its head is not used")
     named.load_state_dict(given, assign=True)
+    if kind is BarthezForConditionalGeneration:
+        model.tie_weights()  # assigning made a parameter for each name
     accelerate(model)
     return model.eval()
 
@@ -675,18 +673,14 @@ def save_model(model, tokenizer, folder):
         if not parameter.isfinite().all():
             raise ValueError(f"not saved: {name} has values that are not finite")
     config, architecture = model.config, type(model).__name__.removeprefix("Barthez")
-    settings = asdict(config) | asdict(model.generation_config)
-    settings = {key: value for key, value in settings.items() if key != "lsg" and (
-        config.lsg or key not in LSG_KEYS)}
-    for key in ("max_length", "decoder_start_token_id"):
-        if settings[key] is None:  # the default
-            del settings[key]
-    settings |= {
+    settings = asdict(config) | asdict(model.generation_config) | {
         "architectures": [("LSG" if config.lsg else "") + "MBart" + architecture],
         "model_type": "mbart", "is_encoder_decoder": True,
         "num_hidden_layers": config.encoder_layers,
         "label2id": {label: index for index, label in config.id2label.items()},
         "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    if settings["max_length"] is None:
+        del settings["max_length"]  # transformers takes no null
     if config.lsg:
         settings["base_model_prefix"] = "lsg"
         settings["auto_map"] = {  # the classes in the code that is published with the original
@@ -699,15 +693,13 @@ def save_model(model, tokenizer, folder):
 # Summaries
 
 
-def summarize(model, tokenizer, texts, *, max_source_length=None, batch_tokens=8192, progress=None,
-              **settings):
+def summarize(model, tokenizer, texts, *, max_source_length=None, batch_tokens=8192, **settings):
     """Yields the summary of each text, in order.
 
     Texts of similar length are summarized together: each window of 64 texts is sorted by length and
     cut into batches of at most batch_tokens tokens, padding included, or of one text.
     max_source_length: read so many tokens of each text. Otherwise a text that has more tokens than
         the model has positions raises ValueError.
-    progress: called before each batch with the list of the indices of its texts.
     settings: those of GenerationConfig. max_length is 128 if neither they nor the model have one.
     With sparsity_type="lsh", which draws for a batch at once, the batches change the summaries.
     """
@@ -715,20 +707,17 @@ def summarize(model, tokenizer, texts, *, max_source_length=None, batch_tokens=8
         raise ValueError("texts is one text: write [text]")
     settings = {"max_length": model.generation_config.max_length or 128} | settings
     settings["num_return_sequences"] = 1
-    texts, first = iter(texts), 0
+    texts = iter(texts)
     while window := list(islice(texts, 64)):
         rows = [tokenizer.encode(text, max_length=max_source_length) for text in window]
         summaries, written = {}, 0
         for batch in group_by_length([len(row) for row in rows], batch_tokens):
-            if progress:
-                progress([first + i for i in batch])
             ids = pad([rows[i] for i in batch], tokenizer.pad_token_id, model)
             out = model.generate(ids, ids != tokenizer.pad_token_id, **settings)
             summaries |= {i: tokenizer.decode(row) for i, row in zip(batch, out)}
             while written in summaries:  # as soon as those before it are ready, too
                 yield summaries[written]
                 written += 1
-        first += len(window)
 
 
 def group_by_length(lengths, batch_tokens):
@@ -823,7 +812,10 @@ def parse_settings(settings):
 
 
 def load(options, overrides, task, texts):
-    """A model that writes, with positions for `texts`, its tokenizer, and the tokens to read."""
+    """A model that writes, its tokenizer, and how many tokens of each text it reads.
+
+    texts: pairs of name and text. One line on stderr names each text that is cut.
+    """
     source = DEFAULT_MODELS[task] if options.model is None else options.model
     try:
         folder = find_folder(source, options.revision)
@@ -837,42 +829,40 @@ def load(options, overrides, task, texts):
         config, tensors, tokenizer = read_checkpoint(folder, overrides)
         if other_head(tensors):
             raise ValueError("it was made for another task than to write text")
+        lengths = [len(tokenizer.encode(text)) for _, text in texts]
         limit = options.max_source_length
         if limit is not None:
-            needed = min(limit, max(len(tokenizer.encode(text)) for text in texts))
+            needed = min(limit, max(lengths))
             if needed > config["max_position_embeddings"]:
                 config, tensors = resize_positions(config, tensors, needed)
         model = build_model(config, tensors, "ForConditionalGeneration")
     limit = limit or model.config.max_position_embeddings
+    for (name, _), length in zip(texts, lengths):
+        if length > limit:
+            warnings.warn(f"{name}: reading the first {limit:,} of {length:,} tokens; "
+                          f"--max-source-length {length} reads all")
     return model.to(options.device, getattr(torch, options.dtype)), tokenizer, limit
 
 
 def summarize_files(options, overrides):
     """Print a summary of each file, and one line on stderr for each file that cannot be read."""
-    names, texts = [], []
+    texts = []
     for name in options.summarize:
         try:
-            texts.append(read_text(name))
-            names.append(name)
+            texts.append((name, read_text(name)))
         except (ValueError, OSError) as error:
             print(f"barthez.py: {error}", file=sys.stderr)
     if not texts:
         sys.exit(2)
     model, tokenizer, limit = load(options, overrides, "summarize", texts)
-    for name, text in zip(names, texts):
-        warn_if_cut(name, text, tokenizer, limit)
-
-    def show(batch):
-        more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
-        print(f"\rsummarizing file {batch[0] + 1}{more} of {len(names)}\033[K", end="",
-              file=sys.stderr, flush=True)
-
+    summaries = summarize(model, tokenizer, [text for _, text in texts], max_source_length=limit)
     on_terminal = sys.stderr.isatty()
-    summaries = summarize(model, tokenizer, texts, max_source_length=limit,
-                          progress=show if on_terminal else None)
-    for name, summary in zip(names, summaries):
+    for number, (name, _) in enumerate(texts, 1):
         if on_terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            print(f"file {number} of {len(texts)}", end="", file=sys.stderr, flush=True)
+        summary = next(summaries)
+        if on_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)  # clear the line
         print(summary if len(options.summarize) == 1 else f"{name}\t{summary}", flush=True)
     if len(texts) < len(options.summarize):
         sys.exit(2)
@@ -880,47 +870,34 @@ def summarize_files(options, overrides):
 
 def read_text(name):
     """The text of a file, or of standard input for -."""
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise OSError(f"{name} cannot be read: {error.strerror}") from None
-    beginning = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip()
+    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     for start, advice in NOT_TEXT.items():
-        if beginning.startswith(start):
+        if data[:1024].lstrip().startswith(start):
             raise ValueError(f"{name} {advice}")
-    encoding = "utf-8-sig"
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "utf-16" if is_utf16 else "utf-8-sig"
     text = data.decode(encoding, "replace")
     if "\0" in text:
         raise ValueError(f"{name} is not a text file")
+    if not text.strip():
+        raise ValueError(f"{name} is empty")
     try:
         data.decode(encoding)
     except UnicodeDecodeError as error:
         invalid = text.count("\ufffd")
         valid = sum(not character.isascii() for character in text) - invalid
-        if encoding == "utf-16" or valid > invalid:
+        if is_utf16 or valid > invalid:
             raise ValueError(f"{name} is damaged at byte {error.start}: get a good copy") from None
         raise ValueError(f"{name} is not UTF-8 (byte {error.start}): convert it, for example with "
                          "iconv -f cp1252 -t utf-8") from None
-    if not text.strip():
-        raise ValueError(f"{name} is empty")
     return text
-
-
-def warn_if_cut(name, text, tokenizer, limit):
-    length = len(tokenizer.encode(text))
-    if length > limit:
-        warnings.warn(f"{name}: reading the first {limit:,} of {length:,} tokens; "
-                      f"--max-source-length {length} reads all")
 
 
 @torch.inference_mode()
 def fill_mask(options, overrides):
     """Print the five most likely words for each <mask> and their probabilities."""
     text = options.fill_mask
-    model, tokenizer, limit = load(options, overrides, "fill_mask", [text])
-    warn_if_cut("--fill-mask", text, tokenizer, limit)
+    model, tokenizer, limit = load(options, overrides, "fill_mask", [("--fill-mask", text)])
     ids = pad([tokenizer.encode(text, max_length=limit)], 0, model)  # (1, T)
     positions = (ids[0] == tokenizer.mask_token_id).nonzero()[:, 0]
     if not len(positions):

@@ -27,21 +27,17 @@ EMBEDDINGS = (EMBEDDING, "model.encoder.embed_tokens.weight", "model.decoder.emb
 GLOBALS = "model.encoder.global_embeddings.weight"
 POSITIONS = "model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"
 NUM_GLOBALS = 512  # rows of the published table; the first num_global_tokens are used
-UNUSED = ("model.encoder.version", "model.decoder.version",
-          "model.encoder.embed_positions._float_tensor",
-          "model.decoder.embed_positions._float_tensor")  # in files of old programs
 ALIASES = {  # other names that the model card and transformers use for keys of config.json
     "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads",
     "attention_probs_dropout_prob": "attention_dropout", "lsg_num_pre_rounds": "lsh_num_pre_rounds"}
 NOT_INCLUDED = {  # settings of generation that change the text, and the value that does not
-    "bad_words_ids": None, "begin_suppress_tokens": None, "constraints": None,
-    "diversity_penalty": 0, "do_sample": False, "dola_layers": None,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1, "exponential_decay_length_penalty": None,
-    "force_words_ids": None, "forced_bos_token_id": None, "forced_decoder_ids": None,
-    "guidance_scale": 1, "min_new_tokens": 0, "num_beam_groups": 1, "penalty_alpha": 0,
-    "renormalize_logits": False, "repetition_penalty": 1, "sequence_bias": None,
-    "stop_strings": None, "suppress_tokens": None, "watermarking_config": None}
+    "do_sample": False, "repetition_penalty": 1, "encoder_repetition_penalty": 1,
+    "num_beam_groups": 1, "guidance_scale": 1, "diversity_penalty": 0, "penalty_alpha": 0,
+    "min_new_tokens": 0, "encoder_no_repeat_ngram_size": 0, "renormalize_logits": False,
+} | dict.fromkeys((
+    "bad_words_ids", "begin_suppress_tokens", "constraints", "dola_layers",
+    "exponential_decay_length_penalty", "force_words_ids", "forced_bos_token_id",
+    "forced_decoder_ids", "sequence_bias", "stop_strings", "suppress_tokens"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -63,8 +59,8 @@ def read_checkpoint(folder, overrides=None):
     weights_file = find(folder, *WEIGHTS)
 
     settings = normalize_settings(read_json(config_file))
-    if (folder / "generation_config.json").is_file():
-        settings |= normalize_settings(read_json(folder / "generation_config.json"))
+    settings |= normalize_settings(read_json(folder / "generation_config.json"))
+    warn_of_settings(folder, settings)
     if "id2label" in overrides:
         settings["num_labels"] = None  # their number decides
     config = settings | overrides
@@ -73,9 +69,7 @@ def read_checkpoint(folder, overrides=None):
     tensors = tie(tensors, settings, config)
     with reading(tokenizer_file):
         tokenizer = BarthezTokenizer(tokenizer_file)
-    check_vocabulary(config, tokenizer)
-    check_added_tokens(folder, tokenizer)
-    warn_of_settings(folder, settings)
+    check_tokenizer(folder, config, tokenizer)
 
     positions = overrides.get("max_position_embeddings")
     is_plain = GLOBALS not in tensors and {EMBEDDING, *POSITIONS} <= tensors.keys()
@@ -124,7 +118,9 @@ def describe(error):
 
 
 def read_json(path):
-    """The JSON object that a file holds."""
+    """The JSON object that a file holds. It is empty if there is no such file."""
+    if not path.is_file():
+        return {}
     with reading(path):
         contents = json.loads(path.read_text("utf-8-sig"))
         if not isinstance(contents, dict):
@@ -137,8 +133,6 @@ def normalize_settings(settings):
     settings = {ALIASES.get(key, key): value for key, value in settings.items()}
     new_tokens = settings.pop("max_new_tokens", None)
     if new_tokens is not None:  # max_length counts the start token, too
-        if type(new_tokens) is not int:
-            raise ValueError(f"max_new_tokens={new_tokens!r}: expected int")
         settings["max_length"] = new_tokens + 1
     for name in ("eos_token_id", "forced_eos_token_id"):
         if isinstance(settings.get(name), list):
@@ -180,12 +174,9 @@ def rename(tensors):
     """The tensors that a model uses, under names that begin with "model."."""
     if not any(name.startswith("model.") for name in tensors):  # saved from a model without a head
         tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in tensors.items() if name not in UNUSED}
-
-
-def tied_names(config):
-    """The names that the embedding has. A tied one is also the output projection, lm_head."""
-    return EMBEDDINGS if config.get("tie_word_embeddings") is not False else EMBEDDINGS[:3]
+    # Files of old programs have a version and a _float_tensor.
+    return {name: tensor for name, tensor in tensors.items()
+            if not name.endswith((".version", "._float_tensor"))}
 
 
 def tie(tensors, settings, config):
@@ -206,12 +197,17 @@ def tie(tensors, settings, config):
         raise ValueError(f"copies of the embedding differ: {first}, {', '.join(different)}")
     embedding = dict.fromkeys(names, copies[first])
     if names_in_file == EMBEDDINGS:  # if it is untied by an override, lm_head begins as a copy
-        tensors = {"lm_head.weight": copies[first]} | tensors
+        tensors = {"lm_head.weight": copies[first].clone()} | tensors
     return embedding | tensors | embedding
 
 
-def check_vocabulary(config, tokenizer):
-    """Raise ValueError if the tokenizer does not belong to the model."""
+def tied_names(config):
+    """The names that the embedding has. A tied one is also the output projection, lm_head."""
+    return EMBEDDINGS if config.get("tie_word_embeddings") is not False else EMBEDDINGS[:3]
+
+
+def check_tokenizer(folder, config, tokenizer):
+    """Raise ValueError if the tokenizer does not belong to the model, or lacks tokens."""
     vocab_size = config.get("vocab_size")
     if isinstance(vocab_size, int) and len(tokenizer) > vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} pieces, but {vocab_size=}: it "
@@ -222,17 +218,10 @@ def check_vocabulary(config, tokenizer):
             raise ValueError(f"{name} is {config[name]!r} in config.json, but {id} in "
                              "sentencepiece.bpe.model: it is not a BARThez but another kind of "
                              "mBART, such as mbart-large-cc25, which is not included")
-
-
-def check_added_tokens(folder, tokenizer):
-    """Raise ValueError if the checkpoint has tokens that the tokenizer lacks."""
-    added = {}  # {id: token}
-    if (folder / "added_tokens.json").is_file():
-        added |= {id: token for token, id in read_json(folder / "added_tokens.json").items()}
-    if (folder / "tokenizer_config.json").is_file():
-        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-        added |= {int(id): token["content"] for id, token in decoder.items()}
-    new = [token for id, token in added.items()
+    added = read_json(folder / "added_tokens.json")  # {token: id}
+    decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    added |= {token["content"]: int(id) for id, token in decoder.items()}
+    new = [token for token, id in added.items()
            if id >= len(tokenizer) and token not in SPECIAL_TOKENS]
     if new:
         raise ValueError("tokens that were added to sentencepiece.bpe.model are not included: "
@@ -298,7 +287,9 @@ def write_checkpoint(folder, config, tensors, tokenizer):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_config = {"model_max_length": config["max_position_embeddings"],
                         "tokenizer_class": "BarthezTokenizer"}
-    tensors = separate(tensors, tied_names(config))
+    copies = tied_names(config)[1:]  # names of the embedding besides the first
+    tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+               if name not in copies and f"model.{name}" not in copies}
     with (replacing(folder / "config.json") as config_file,
           replacing(folder / "tokenizer_config.json") as tokenizer_file,
           replacing(folder / "model.safetensors") as weights_file,
@@ -309,19 +300,6 @@ def write_checkpoint(folder, config, tensors, tokenizer):
         shutil.copymode(config_file, weights_file)  # save_file lets only the owner read it
         shutil.copyfile(tokenizer.model_file, pieces_file)
     (folder / "generation_config.json").unlink(missing_ok=True)  # config.json has its settings
-
-
-def separate(tensors, embeddings):
-    """Contiguous tensors that share no memory, as safetensors needs them. Of several names of the
-    embedding, the first is kept."""
-    separated, seen = {}, set()
-    for name, tensor in tensors.items():
-        shared = tensor.data_ptr() in seen
-        is_embedding = name in embeddings or f"model.{name}" in embeddings
-        if not (shared and is_embedding):
-            separated[name] = tensor.detach().to("cpu", copy=shared).contiguous()
-            seen.add(tensor.data_ptr())
-    return separated
 
 
 @contextmanager

@@ -133,16 +133,15 @@ def test_each_line_of_several_files_names_its_file(tmp_path, text_file):
                            input=TEXT)
     assert short != long and out == f"{tmp_path}/long.txt\t{long}-\t{short}{text_file}\t{short}"
     assert status == 2 and re.fullmatch(
-        rf"barthez.py: {tmp_path}/none cannot .*\nbarthez.py: {tmp_path} cannot .*\n", err)
+        rf"barthez.py: .* No such file .*{tmp_path}/none'\nbarthez.py: .*{tmp_path}'\n", err)
 
 
 def test_a_terminal_shows_which_files_of_how_many(tmp_path, text_file):
-    (tmp_path / "long.txt").write_text(TEXT * 9, "utf-8")
-    files = [text_file, tmp_path / "long.txt", *[text_file] * 70]
-    status, out, err = run("barthez.py", "--summarize", *files, "--model", PLAIN, "--max-length", 4,
+    status, out, err = run("barthez.py", "--summarize", text_file, text_file, "--model", PLAIN,
+                           "--max-length", 4,
                            before=lambda: setattr(sys.stderr, "isatty", lambda: True))
-    assert status == 0 and out.count("\n") == 72
-    assert "file 1 and 62 more of 72" in err and "file 2 of 72" in err
+    assert status == 0 and out.count("\n") == 2
+    assert err == "file 1 of 2\r\033[Kfile 2 of 2\r\033[K"
 
 
 def test_options_reach_the_model(text_file):
