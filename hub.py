@@ -43,14 +43,13 @@ def find_model(repo_id, revision=None, pinned=None, readable=WEIGHTS):
 
     revision: a branch, a tag, a commit or refs/pr/N.
     pinned: a revision with safetensors, for a model whose `main` has only a pickle. It replaces
-        `main`, unless the cache already has a `main` with `readable` weights.
+        `main`, unless the cache has only a `main`, with `readable` weights.
     Raises NoNetwork, another OSError or ValueError, with a message of one line.
     """
     if not re.fullmatch(r"(?a:\w[\w.-]*(/\w[\w.-]*)?)", repo_id):
         raise ValueError(f"{repo_id!r} is neither a folder nor a model on the Hub (owner/name).")
     if pinned and not revision:
-        complete_commit = COMMIT.fullmatch(pinned) and in_cache(repo_id, pinned)
-        if complete_commit or not in_cache(repo_id, "main", readable):
+        if in_cache(repo_id, pinned) or not in_cache(repo_id, "main", readable):
             try:
                 return find_revision(repo_id, pinned)
             except FileNotFoundError:  # the Hub has it no longer
@@ -61,8 +60,11 @@ def find_model(repo_id, revision=None, pinned=None, readable=WEIGHTS):
 def find_revision(repo_id, revision):
     """The snapshot of a revision: the newest, or the one in the cache if the Hub sends none."""
     cached = in_cache(repo_id, revision)
-    if cached and (is_on("HF_HUB_OFFLINE") or COMMIT.fullmatch(revision)):
+    offline = os.getenv("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if cached and (offline or COMMIT.fullmatch(revision)):
         return cached
+    if offline:
+        raise NoNetwork(f"{repo_id} is neither a folder nor in the cache: unset HF_HUB_OFFLINE.")
     try:
         return update(repo_id, revision, attempts=1 if cached else 5)
     except OSError as error:
@@ -76,8 +78,8 @@ def find_revision(repo_id, revision):
 def explain(error, repo_id):
     """The error with a message of one line, in the words of the Hub if it has answered."""
     if isinstance(error, HTTPError):
-        said = " ".join((error.headers.get("X-Error-Message") or error.reason).split())
         kind = FileNotFoundError if error.code == 404 else PermissionError
+        said = error.headers.get("X-Error-Message") or error.reason
         return kind(f'There is no folder {repo_id}, and the Hub says "{said}": see '
                     f"{endpoint()}/{repo_id} (private or gated models need HF_TOKEN).")
     if isinstance(error, URLError):
@@ -87,9 +89,6 @@ def explain(error, repo_id):
         proxy = getproxies().get(urlsplit(endpoint()).scheme, "none").rpartition("@")[2]
         return NoNetwork(f"{repo_id} is neither a folder nor in the cache, and {endpoint()} cannot "
                          f"be reached ({error.reason}; proxy: {proxy}).")
-    if error.errno:  # from the disk
-        cache = model_folder(repo_id).parent
-        return OSError(f"{cache}: {error.strerror}. Free some space or set HF_HUB_CACHE.")
     return error
 
 
@@ -107,15 +106,11 @@ def in_cache(repo_id, revision, weights=WEIGHTS):
 def update(repo_id, revision, attempts):
     """Download what the cache lacks of a revision, and return its snapshot."""
     folder = model_folder(repo_id)
-    if is_on("HF_HUB_OFFLINE"):
-        raise NoNetwork(f"{repo_id} is neither a folder nor in the cache: unset HF_HUB_OFFLINE.")
     commit, files = list_files(repo_id, revision, attempts)
     weights = [name for name in WEIGHTS if name in files][:1]
     missing = [name for name in REQUIRED if name not in files]
-    if not weights:
-        missing.append(" or ".join(WEIGHTS))
-    if missing:
-        raise FileNotFoundError(f"{endpoint()}/{repo_id} lacks {', '.join(missing)}.")
+    if missing or not weights:
+        raise FileNotFoundError(f"{endpoint()}/{repo_id} lacks {', '.join(missing or WEIGHTS)}.")
     snapshot = folder / "snapshots" / commit
     for name in (*REQUIRED, *OPTIONAL, *weights):
         path = snapshot / name
@@ -139,19 +134,18 @@ def list_files(repo_id, revision, attempts):
     url = f"{endpoint()}/api/models/{repo_id}/revision/{quote(revision, safe='')}?blobs=true"
     body = io.BytesIO()
     download(url, body, attempts)
-    files = {}
     try:
         listing = json.loads(body.getvalue())
+        files = {}
         for file in listing["siblings"]:
             checksum = file["lfs"]["sha256"] if file.get("lfs") else file["blobId"]
-            if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", checksum):  # it becomes a file name
-                files[file["rfilename"]] = checksum, int(file["size"])
-        if COMMIT.fullmatch(listing["sha"]):
-            return listing["sha"], files
+            bytes.fromhex(checksum)  # raises ValueError; it becomes the name of a file
+            files[file["rfilename"]] = checksum, file["size"]
+        bytes.fromhex(listing["sha"])
+        return listing["sha"], files
     except (AttributeError, KeyError, TypeError, ValueError):
-        pass
-    raise ConnectionError(f"{endpoint()} does not answer as the Hub does. Log in to this network "
-                          "in a browser, or check HF_ENDPOINT.")
+        raise ConnectionError(f"{endpoint()} does not answer as the Hub does. Log in to this "
+                              "network in a browser, or check HF_ENDPOINT.") from None
 
 
 def fetch(url, folder, checksum, size):
@@ -184,11 +178,9 @@ def download(url, file, attempts=5):
     """Append to `file` what it lacks of the contents of `url`. Failed attempts are repeated."""
     failures = 0
     while True:
-        start = file.tell()
-        pause = 0
+        start, pause = file.tell(), 0
         try:
-            with get(url, start) as answer:
-                return receive(answer, file)
+            return receive(url, file)
         except HTTPError as error:
             if error.code not in (408, 429, 500, 502, 503, 504):
                 raise
@@ -211,33 +203,28 @@ def download(url, file, attempts=5):
         time.sleep(pause)
 
 
-def get(url, start):
-    """The answer to a GET of the bytes from `start` on."""
+def receive(url, file):
+    """Append to `file` what it lacks of the contents of `url`. A terminal shows the progress."""
+    done = file.tell()
     request = Request(url, headers={"User-Agent": "lsg-barthez"})
-    if start:
-        request.add_header("Range", f"bytes={start}-")
+    if done:
+        request.add_header("Range", f"bytes={done}-")
     token = os.getenv("HF_TOKEN") or os.getenv("HUGGING_FACE_HUB_TOKEN")
     token = token or read(hf_path(os.getenv("HF_TOKEN_PATH"), "token"))
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {''.join(token.split())}")
-    return build_opener(Redirects).open(request, timeout=15)
-
-
-def receive(answer, file):
-    """Append an answer to `file`. A terminal shows the progress of a large one."""
-    if answer.status != 206:  # the answer is the whole file
-        file.seek(0)
-        file.truncate()
-    done = file.tell()
-    size = done + int(answer.headers.get("Content-Length") or 0)
-    shows = size >= 10**7 and sys.stderr.isatty() and not is_on("HF_HUB_DISABLE_PROGRESS_BARS")
-    while block := answer.read1(1 << 18):  # `read` would wait for more, which a kill loses
-        file.write(block)
-        done += len(block)
-        if shows:
-            print(f"\r{done // 10**6:,} of {size // 10**6:,} MB ", end="", file=sys.stderr)
-    if shows:
-        print(file=sys.stderr)
+    with build_opener(Redirects).open(request, timeout=15) as answer:
+        if answer.status != 206:  # the answer is the whole file
+            file.seek(0)
+            file.truncate()
+            done = 0
+        size = done + int(answer.headers.get("Content-Length") or 0)
+        while block := answer.read1(1 << 18):  # `read` would wait for more, which a kill loses
+            file.write(block)
+            done += len(block)
+            if size >= 10**7 and sys.stderr.isatty():
+                print(f"\r{done // 10**6:,} of {size // 10**6:,} MB", end="\n" if done == size else "",
+                      file=sys.stderr)
     if done < size:
         raise ConnectionError(f"{size - done:,} bytes are missing")
 
@@ -255,10 +242,7 @@ class Redirects(HTTPRedirectHandler):
 
 
 def endpoint():
-    address = (os.getenv("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if not re.match("https?://", address):
-        raise ValueError(f"HF_ENDPOINT={address} must begin with https:// or http://.")
-    return address
+    return (os.getenv("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def hf_path(path, name):
@@ -275,10 +259,6 @@ def model_folder(repo_id):
 
 def read(path):
     return path.read_text(errors="replace") if path.is_file() else ""
-
-
-def is_on(variable):
-    return os.getenv(variable, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def beside(path):
