@@ -753,8 +753,7 @@ NOT_TEXT = {  # how files begin that have to be converted
     b"{\\rtf": "is an RTF file: convert it with pandoc -t plain",
     b"\xd0\xcf\x11\xe0": "is an old Word file: save it as .docx, then convert it with pandoc",
     b"<!DOCTYPE html": "is a web page: convert it with pandoc -t plain",
-    b"<html": "is a web page: convert it with pandoc -t plain",
-    b"version https://git-lfs": "is a pointer of git LFS: run git lfs pull"}
+    b"<html": "is a web page: convert it with pandoc -t plain"}
 
 
 def main():

@@ -29,20 +29,19 @@ class GenerationConfig:
 
     def __post_init__(self):
         check_types(self)
-        for name, least in (("num_beams", 1), ("num_return_sequences", 1), ("max_length", 2),
-                            ("min_length", 0), ("no_repeat_ngram_size", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value}: choose at least {least}")
-        if self.num_return_sequences > self.num_beams:
-            raise ValueError(f"num_return_sequences={self.num_return_sequences} is more than "
-                             f"num_beams={self.num_beams}")
-        if self.max_length is not None and self.min_length > self.max_length:
-            raise ValueError(f"min_length={self.min_length} is above max_length={self.max_length}")
-        if self.early_stopping not in (True, False, "never"):
-            raise ValueError(f"early_stopping={self.early_stopping!r}: choose true, false or never")
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty={self.length_penalty}: choose a number")
+        longest = math.inf if self.max_length is None else self.max_length
+        for name, holds, allowed in (
+                ("num_beams", self.num_beams >= 1, "at least 1"),
+                ("num_return_sequences", 1 <= self.num_return_sequences <= self.num_beams,
+                 "1 to num_beams"),
+                ("max_length", longest >= 2, "at least 2"),
+                ("min_length", 0 <= self.min_length <= longest, "0 to max_length"),
+                ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "at least 0"),
+                ("length_penalty", math.isfinite(self.length_penalty), "a finite number"),
+                ("early_stopping", self.early_stopping in (True, False, "never"),
+                 "true, false or never")):
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose {allowed}")
 
 
 def check_types(config):

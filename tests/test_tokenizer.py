@@ -195,20 +195,6 @@ def test_truncation_defaults_to_model_max_length():
 # Mistakes
 
 
-def test_a_missing_file_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.model"):
-        BarthezTokenizer(tmp_path / "nothing.model")
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        BarthezTokenizer(tmp_path)
-
-
-@pytest.mark.parametrize("data", [b"", MODEL_FILE.read_bytes()[:1000]], ids=["empty", "cut"])
-def test_a_file_of_another_kind_is_an_error_that_names_it(tmp_path, data):
-    (tmp_path / "spm.model").write_bytes(data)
-    with pytest.raises(ValueError, match="spm.model is not a SentencePiece model"):
-        BarthezTokenizer(tmp_path / "spm.model")
-
-
 @pytest.mark.parametrize("pair, least", [(None, 2), ("b", 4)])
 def test_a_max_length_without_room_is_an_error_that_names_it(pair, least):
     assert TOKENIZER.encode("a", pair, max_length=least) == [0, 2, 2, 2][:least]

@@ -408,7 +408,7 @@ def test_a_model_that_diverges_is_not_saved(pairs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options, message", [
     (["--steps", "0"], "begin at 1"), (["--warmup", "200"], "--warmup is from 0 to 1"),
-    (["--max-target-length", "30", "--set", "min_length=40"], "above max_length=30"),
+    (["--max-target-length", "30", "--set", "min_length=40"], "min_length=40: choose 0 to max_length"),
     (["--evaluate", "x"], "not allowed with argument --train"),
     (["--validation", "/nonexistent"], "/nonexistent")])
 def test_a_wrong_option_is_one_line_and_status_2(pairs, tmp_path, monkeypatch, capsys, options,
