@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from test_cli import fails, run, start
+from test_cli import fails, run
 from test_lsg import DRAWINGS, KEPT_OF_A_BLOCK
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +101,7 @@ def test_committed_figures_are_what_the_command_writes(tmp_path):
 
 
 def test_the_picture_is_printed_as_text():
-    status, out, err = start("docs/figures.py", "--text", *OPTIONS, "--sparsity-type", "stride")
+    status, out, err = run("docs/figures.py", "--text", *OPTIONS, "--sparsity-type", "stride")
     assert (status, out.split(), err) == (0, ["stride", *hand_drawn("s.s.")], "")
     status, out, err = run("docs/figures.py", "--text", *OPTIONS)
     assert figures.SELECTIONS.keys() <= set(out.split())

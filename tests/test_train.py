@@ -226,15 +226,16 @@ def test_two_processes_train_as_one_that_accumulates(pairs, tmp_path, capsys, mo
     script = tmp_path / "script.py"
     script.write_text(TRAIN_AND_PRINT_NORMS)
     _, *words = arguments(pairs, tmp_path / "two", *options, "--accumulate", 2)
-    printed = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          script, *words], env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=120, capture_output=True, text=True, check=True).stderr
-
+        stderr=subprocess.PIPE, text=True)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
     monkeypatch.setattr(sys, "argv", arguments(pairs, tmp_path / "one", *options,
                                                "--accumulate", 4))
     exec(TRAIN_AND_PRINT_NORMS, {})
+    printed = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, printed
     two, one = (torch.tensor([float(x) for x in re.findall(r"(?:loss|norm) (\d+\.\d+)", text)])
                 for text in (printed, capsys.readouterr().err))
     assert len(one) == 5  # two lines of progress, three norms
