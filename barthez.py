@@ -40,8 +40,8 @@ from torch.utils.checkpoint import checkpoint
 from beam_search import Cache, GenerationConfig, beam_search, check_finite, check_types
 from cpu import accelerate, keep_freed_memory, packed_weights
 from hub import NoNetwork, find_model
-from load_weights import (ALIASES, EMBEDDING, EMBEDDINGS, GLOBALS, NUM_GLOBALS, WEIGHTS, describe,
-                          read_checkpoint, resize_positions, write_checkpoint)
+from load_weights import (ALIASES, GLOBALS, NUM_GLOBALS, WEIGHTS, describe, read_checkpoint,
+                          resize_positions, write_checkpoint)
 from lsg import SPARSITY_TYPES, boolean_mask, check_options, full_attention, lsg_attention
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
@@ -111,14 +111,11 @@ class BarthezConfig:
             if heads < 1 or self.d_model % heads:
                 raise ValueError(f"d_model={self.d_model} is not divisible by {heads} heads")
         if self.lsg:
-            check_options(**{name: getattr(self, name) for name in LSG_OPTIONS[:-1]})
+            options = {name: getattr(self, name) for name in LSG_OPTIONS if name != "adaptive"}
+            check_options(**options)
             if not 1 <= self.num_global_tokens <= NUM_GLOBALS:
                 raise ValueError(f"num_global_tokens={self.num_global_tokens}: choose 1 to "
                                  f"{NUM_GLOBALS}")
-
-    @property
-    def num_labels(self):
-        return len(self.id2label)
 
 
 def config_from(kind, settings):
@@ -139,7 +136,7 @@ def config_from(kind, settings):
 class Output:
     """The results of a model. Unused fields are None."""
     loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None  # (B, T, V); of a classifier (B, num_labels)
+    logits: torch.Tensor | None = None  # (B, T, V); of a classifier (B, labels)
     start_logits: torch.Tensor | None = None  # (B, T)
     end_logits: torch.Tensor | None = None  # (B, T)
     last_hidden_state: torch.Tensor | None = None  # of the decoder, (B, T, E)
@@ -159,7 +156,7 @@ class Attention(nn.Module):
     def __init__(self, embed_dim, num_heads, dropout, lsg_options=None):
         super().__init__()
         self.num_heads, self.dropout, self.lsg_options = num_heads, dropout, lsg_options
-        self.attention = full_attention
+        self.attention = full_attention  # cpu.accelerate replaces it
         self.k_proj = nn.Linear(embed_dim, embed_dim)
         self.v_proj = nn.Linear(embed_dim, embed_dim)
         self.q_proj = nn.Linear(embed_dim, embed_dim)
@@ -177,14 +174,14 @@ class Attention(nn.Module):
 
         The caller makes the keys and values, since those of a document serve all steps of the
         decoder, and those of earlier tokens come from a cache.
-        visible: (B, S) for LSG attention, otherwise broadcastable to (B, H, T, S).
+        visible: broadcastable to (B, H, T, S); for LSG attention (B, 1, 1, S).
         """
         query = self.split_heads(self.q_proj(x))  # (B, H, T, D)
         dropout_p = self.dropout if self.training else 0.0
         if self.lsg_options is None:
             context = self.attention(query, key, value, visible, dropout_p)  # (B, H, T, D)
         else:
-            context = lsg_attention(query, key, value, visible, dropout_p=dropout_p,
+            context = lsg_attention(query, key, value, visible[:, 0, 0], dropout_p=dropout_p,
                                     attention=self.attention, **self.lsg_options)
         return self.out_proj(context.transpose(1, 2).flatten(2))
 
@@ -305,10 +302,8 @@ class Encoder(Stack):
         if self.config.lsg:
             x, visible = self.prepend_globals(x, visible)
         x = self.dropout(self.layernorm_embedding(x))
-        # lsg_attention takes (B, S), full_attention (B, 1, 1, S).
-        layer_visible = visible if self.config.lsg else visible[:, None, None]
         for layer in self.layers:
-            x = self.run_layer(layer, x, layer_visible)
+            x = self.run_layer(layer, x, visible[:, None, None])
         x = self.layer_norm(x)
         if self.config.lsg and not self.config.pass_global_tokens_to_decoder:
             x, visible = self.drop_globals(x, visible)
@@ -350,7 +345,8 @@ class Decoder(Stack):
             document have the same position; each has its own history.
         """
         if cache is not None:
-            visible = cache.next_step()  # (B, 1, beams, all tokens written so far by all beams)
+            # Advances cache.position. (B, 1, beams, all tokens written so far by all beams)
+            visible = cache.next_step()
             x = self.embed(input_ids, cache.position, cache.position + 1)
         else:
             T = input_ids.shape[1]
@@ -488,11 +484,11 @@ class BarthezForSequenceClassification(nn.Module):
         self.model = BarthezModel(config)
         self.classification_head = nn.ModuleDict({
             "dense": nn.Linear(config.d_model, config.d_model),
-            "out_proj": nn.Linear(config.d_model, config.num_labels)})
+            "out_proj": nn.Linear(config.d_model, len(config.id2label))})
         init_weights(self.classification_head, config)
 
     def forward(self, input_ids, attention_mask=None, decoder_input_ids=None, labels=None):
-        """labels: (B,), int64 -> logits (B, num_labels). Compute other losses from the logits."""
+        """labels: (B,), int64 -> logits (B, labels). Compute other losses from the logits."""
         out = self.model(input_ids, attention_mask, decoder_input_ids)
         is_eos = input_ids == self.config.eos_token_id
         if not is_eos.any(1).all():
@@ -568,8 +564,8 @@ def load_model(source, *, revision=None, architecture=None, device=None, dtype=t
     check_names(overrides)
     folder = find_folder(source, revision)
     with loading(source):
-        config, tensors, tokenizer = read_checkpoint(folder, overrides)
-        model = build_model(config, tensors, architecture)
+        settings, tensors, tokenizer = read_checkpoint(folder, overrides)
+        model = build_model(settings, tensors, architecture)
     tokenizer.model_max_length = model.config.max_position_embeddings
     return model.to(device=device, dtype=dtype), tokenizer
 
@@ -591,7 +587,8 @@ def find_folder(source, revision=None):
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for the Hub, but {source} is a folder")
         return folder
-    readable = WEIGHTS if torch.__version__ >= (2, 10) else WEIGHTS[:1]  # see read_tensors
+    # An older torch does not read a .bin file safely: see read_tensors in load_weights.py.
+    readable = WEIGHTS if torch.__version__ >= (2, 10) else WEIGHTS[:1]
     return find_model(str(source), revision, CONVERSIONS.get(source), readable)
 
 
@@ -619,8 +616,7 @@ def build_model(settings, tensors, architecture=None):
     """The model whose parameters are the given tensors, in evaluation mode.
 
     settings, tensors: as read_checkpoint returns them. architecture: see load_model.
-    Raises ValueError or RuntimeError if they do not fit together, with all names that are missing,
-    unexpected or misshapen.
+    Raises RuntimeError with all names that are missing, unexpected or misshapen.
     """
     kind = find_architecture(architecture or settings.get("architectures"))
     config = config_from(BarthezConfig, settings)
@@ -631,6 +627,8 @@ def build_model(settings, tensors, architecture=None):
     named = nn.ModuleDict({"model": model}) if kind is BarthezModel else model
     names = named.state_dict().keys()
 
+    # A head that the model lacks, and the global tokens if lsg=False, are dropped. Any other tensor
+    # that it lacks is an error.
     given = {"final_logits_bias": torch.zeros(1, config.vocab_size)} | tensors
     given = {name: x for name, x in given.items()
              if name in names or not name.startswith((*HEADS, GLOBALS))}
@@ -644,7 +642,7 @@ def build_model(settings, tensors, architecture=None):
         warnings.warn("the checkpoint was made for another task: its head is not used")
     named.load_state_dict(given, assign=True)
     if kind is BarthezForConditionalGeneration:
-        model.tie_weights()  # assigning made a parameter for each name
+        model.tie_weights()  # assigning gave lm_head a parameter of its own
     accelerate(model)
     return model.eval()
 
@@ -721,8 +719,8 @@ def summarize(model, tokenizer, texts, *, max_source_length=None, batch_tokens=8
 
 
 def group_by_length(lengths, batch_tokens):
-    """Lists of indices of similar lengths, short ones first. The number of indices in a list times
-    the greatest length is at most batch_tokens, unless there is only one."""
+    """Lists of indices, short texts first. The number of texts in a list times their greatest
+    length is at most batch_tokens, unless there is only one."""
     groups = [[]]
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if groups[-1] and lengths[i] * (len(groups[-1]) + 1) > batch_tokens:
@@ -768,6 +766,7 @@ def main():
 
 def parse_arguments():
     """The arguments, and the keys of config.json that they override."""
+    # Without a usage, an error is one line.
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n\n")[0])
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--summarize", nargs="+", metavar="FILE",
@@ -800,9 +799,7 @@ def parse_settings(settings):
     """["KEY=VALUE", …] as a dict. Values are JSON, or else text."""
     values = {}
     for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set {setting}: expected KEY=VALUE, such as block_size=64")
+        key, _, value = setting.partition("=")
         try:
             values[key] = json.loads(value)
         except ValueError:
@@ -825,16 +822,16 @@ def load(options, overrides, task, texts):
         warnings.warn(f"{error} A tiny bundled model writes instead, which knows only descriptions "
                       "of software: do not rely on its summaries.")
     with loading(source):
-        config, tensors, tokenizer = read_checkpoint(folder, overrides)
+        settings, tensors, tokenizer = read_checkpoint(folder, overrides)
         if other_head(tensors):
             raise ValueError("it was made for another task than to write text")
         lengths = [len(tokenizer.encode(text)) for _, text in texts]
         limit = options.max_source_length
         if limit is not None:
             needed = min(limit, max(lengths))
-            if needed > config["max_position_embeddings"]:
-                config, tensors = resize_positions(config, tensors, needed)
-        model = build_model(config, tensors, "ForConditionalGeneration")
+            if needed > settings["max_position_embeddings"]:
+                settings, tensors = resize_positions(settings, tensors, needed)
+        model = build_model(settings, tensors, "ForConditionalGeneration")
     limit = limit or model.config.max_position_embeddings
     for (name, _), length in zip(texts, lengths):
         if length > limit:
@@ -883,6 +880,7 @@ def read_text(name):
     try:
         data.decode(encoding)
     except UnicodeDecodeError as error:
+        # In a damaged file, most letters with accents are valid; in one from Windows, hardly any.
         invalid = text.count("\ufffd")
         valid = sum(not character.isascii() for character in text) - invalid
         if is_utf16 or valid > invalid:
