@@ -24,7 +24,7 @@ class GenerationConfig:
     min_length: int = 0
     length_penalty: float = 1.0  # a text scores its log-probability / length**length_penalty
     no_repeat_ngram_size: int = 0  # 0 allows repetition
-    early_stopping: bool | str = False  # True: stop at num_beams finished texts; "never": search on
+    early_stopping: bool | str = False  # True: at num_beams finished texts; "never": if none can win
     forced_eos_token_id: int | None = 2  # the last token of a text that reaches max_length
 
     def __post_init__(self):
@@ -72,7 +72,7 @@ def beam_search(next_logits, reorder, start, settings, eos_token_id, pad_token_i
     # identical.
     scores = torch.full((B, beams), -1e9, device=start.device)
     scores[:, 0] = 0
-    hypotheses = [Hypotheses(settings, eos_token_id) for _ in range(B)]
+    hypotheses = [Hypotheses(settings) for _ in range(B)]
 
     while tokens.shape[2] < settings.max_length and not all(h.done for h in hypotheses):
         # Score every token that could come next.
@@ -87,12 +87,17 @@ def beam_search(next_logits, reorder, start, settings, eos_token_id, pad_token_i
         candidate_beam = index // totals.shape[2]
         candidate_token = index % totals.shape[2]
 
-        # Finish the hypotheses that end, and continue with the best others.
-        beam_lists, token_lists = candidate_beam.tolist(), candidate_token.tolist()
-        score_lists = candidate_scores.tolist()
-        ranks = [hypotheses[b].update(tokens[b], score_lists[b], beam_lists[b], token_lists[b])
-                 for b in range(B)]
-        ranks = torch.tensor(ranks, device=start.device)  # of the candidates to continue (B, beams)
+        # Keep the texts that end among the `beams` best candidates.
+        ends = candidate_token == eos_token_id  # (B, 2 * beams)
+        for b, rank in ends[:, :beams].nonzero().tolist():
+            text = torch.cat([tokens[b, candidate_beam[b, rank]], candidate_token[b, rank, None]])
+            hypotheses[b].add(text, candidate_scores[b, rank].item())
+        for hypothesis, best_score in zip(hypotheses, candidate_scores[:, 0].tolist()):
+            hypothesis.done |= hypothesis.is_done(best_score, tokens.shape[2])
+
+        # Continue with the best candidates that do not end.
+        # Sorting moves those that end behind the others.
+        ranks = ends.int().argsort(dim=1, stable=True)[:, :beams]
         scores = candidate_scores.gather(1, ranks)
         beam = candidate_beam.gather(1, ranks)
         token = candidate_token.gather(1, ranks)
@@ -101,13 +106,16 @@ def beam_search(next_logits, reorder, start, settings, eos_token_id, pad_token_i
         tokens = torch.cat([tokens, token[..., None]], dim=2)
 
     texts = []
-    for b, hypothesis in enumerate(hypotheses):
-        texts += hypothesis.best(tokens[b], scores[b].tolist())
+    for b in range(B):
+        for ids, score in zip(tokens[b], scores[b].tolist()):
+            hypotheses[b].add(ids, score)
+        best = hypotheses[b].kept[::-1][:settings.num_return_sequences]
+        texts += [ids for _, ids in best]
     return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=pad_token_id)
 
 
 def check_finite(logits):
-    """Raise ValueError if logits are NaN or infinite: the text would mean nothing."""
+    """Raise ValueError if logits are NaN or infinite: the text would be meaningless."""
     if not logits.isfinite().all():
         cause = "its weights are damaged"
         if logits.dtype == torch.float16:
@@ -134,37 +142,20 @@ def forbid(log_probs, tokens, settings, eos_token_id):
 class Hypotheses:
     """The finished texts of one document. Keeps the num_beams best."""
 
-    def __init__(self, settings, eos_token_id):
-        self.settings, self.eos_token_id = settings, eos_token_id
-        self.kept = []  # (score, ids) in the order of arrival
-        self.done = False
+    def __init__(self, settings):
+        self.settings = settings
+        self.kept = []  # (score, ids), the worst first; among equals, the oldest first
+        self.done = False  # then no more texts are added
 
-    def update(self, tokens, scores, beams, next_tokens):
-        """Finish the candidates that end. Returns the ranks of the num_beams that continue.
-
-        tokens: (beams, L). scores, beams, next_tokens: lists of the 2 * num_beams candidates, best
-        first: the log-probability of the text, the beam that it continues, and its new token.
-        """
-        num_beams, L = self.settings.num_beams, tokens.shape[1]
-        continuing = []
-        for rank, (score, beam, token) in enumerate(zip(scores, beams, next_tokens)):
-            if token != self.eos_token_id:
-                continuing.append(rank)
-            elif rank < num_beams and not self.done:
-                ids = torch.cat([tokens[beam], tokens.new_tensor([token])])
-                self.add(ids, score, length=L)
-        self.done = self.done or self.is_done(scores[0], L)
-        return continuing[:num_beams]
-
-    def add(self, ids, log_prob, length):
-        """Keep the text if it is among the best. length: its tokens without the start token."""
-        score = log_prob / length ** self.settings.length_penalty
-        if len(self.kept) == self.settings.num_beams:
-            worst = min(range(len(self.kept)), key=lambda i: self.kept[i][0])
-            if score <= self.kept[worst][0]:
-                return
-            del self.kept[worst]
+    def add(self, ids, log_prob):
+        """Keep the text ids (L,) if it is among the best. The start token does not count."""
+        score = log_prob / (len(ids) - 1) ** self.settings.length_penalty
+        is_full = len(self.kept) == self.settings.num_beams
+        if self.done or (is_full and score <= self.kept[0][0]):
+            return
         self.kept.append((score, ids))
+        self.kept.sort(key=lambda kept: kept[0])
+        del self.kept[:-self.settings.num_beams]
 
     def is_done(self, best_log_prob, length):
         """Whether to stop: the open beams are unlikely to beat the worst text that is kept."""
@@ -175,19 +166,7 @@ class Hypotheses:
             return True
         if settings.early_stopping == "never" and settings.length_penalty > 0:
             length = settings.max_length - 1  # a longer text could still score higher
-        worst = min(score for score, _ in self.kept)
-        return worst >= best_log_prob / length ** settings.length_penalty
-
-    def best(self, tokens, scores):
-        """The ids of the num_return_sequences best texts, the best first.
-
-        Unless the search is done, the open beams join: tokens (beams, L) and their scores.
-        """
-        if not self.done:
-            for ids, score in zip(tokens, scores):
-                self.add(ids, score, length=len(ids) - 1)
-        best = sorted(self.kept, key=lambda kept: kept[0])[::-1]  # among equals, the latest first
-        return [ids for _, ids in best[:self.settings.num_return_sequences]]
+        return self.kept[0][0] >= best_log_prob / length ** settings.length_penalty
 
 
 class Cache:
@@ -204,18 +183,15 @@ class Cache:
     """
 
     def __init__(self, like, num_layers, num_beams, max_length):
-        """like: keys (B, H, S, D), whose sizes, data type and device the cache shall have."""
-        B, H, _, D = like.shape
-        shape = B, H, max_length * num_beams, D
-        self.layers = [LayerCache(like.new_empty(shape), like.new_empty(shape))
-                       for _ in range(num_layers)]
+        """like: keys (B, H, S, D) with the sizes, dtype and device of the cache."""
+        self.layers = [LayerCache(like, max_length * num_beams) for _ in range(num_layers)]
         self.position = -1  # of the newest token
         itself = torch.eye(num_beams, dtype=torch.bool, device=like.device)
-        self.itself = itself.expand(B, -1, -1)  # (B, beams, beams)
+        self.itself = itself.expand(len(like), -1, -1)  # (B, beams, beams)
         self.ancestors = self.itself[..., :0]  # (B, beams, L * beams)
 
     def next_step(self):
-        """Make room for a token per beam. Returns who sees whom: (B, 1, beams, L * beams)."""
+        """Make room for a token per beam. Returns the mask: (B, 1, beams, L * beams)."""
         self.position += 1
         self.ancestors = torch.cat([self.ancestors, self.itself], dim=-1)
         return self.ancestors[:, None]
@@ -228,8 +204,10 @@ class Cache:
 class LayerCache:
     """The keys and values of one layer, each (B, H, max_length * beams, D)."""
 
-    def __init__(self, key, value):
-        self.key, self.value = key, value
+    def __init__(self, like, capacity):
+        B, H, _, D = like.shape
+        self.key = like.new_empty(B, H, capacity, D)
+        self.value = like.new_empty(B, H, capacity, D)
         self.length = 0
 
     def append(self, key, value):

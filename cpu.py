@@ -1,10 +1,10 @@
 """Faster attention and matrix products on CPUs, applied to a finished model from outside.
 
 PyTorch has two libraries for float32 products on CPUs, MKL and oneDNN, and `F.linear` uses MKL. On
-AMD's processors, MKL does without some vector instructions, and oneDNN is faster.
+AMD processors, MKL does not use some vector instructions, and oneDNN is faster.
 
-Delete this file and its three calls in barthez.py, and everything works the same, but for rounding
-and the random draws of dropout, and slower.
+This file is optional: without it and its three calls in barthez.py, the model is slower, and its
+results differ only by rounding and the random draws of dropout.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from torch import nn
 
 
 def accelerate(model):
-    """Let the model compute its linear layers and attention with the functions of this file.
+    """Replace the model's linear layers and attention by those of this file.
 
     Its parameters stay the same tensors under the same names.
     """
@@ -79,7 +79,7 @@ def fast_attention(query, key, value, visible=None, dropout_p=0.0):
     if visible is None or not slow:
         return F.scaled_dot_product_attention(query, key, value, visible, dropout_p)
     query = query / math.sqrt(query.shape[-1])
-    # Except in bfloat16, the product whose first factor has more rows is the faster one.
+    # Except in bfloat16, a product is faster if its first factor has more rows.
     scores = query @ key.mT if bf16 else (key @ query.mT).mT  # (…, T, S)
     scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)
     out = F.dropout(scores.softmax(-1), dropout_p) @ value
@@ -89,7 +89,7 @@ def fast_attention(query, key, value, visible=None, dropout_p=0.0):
 @contextmanager
 def packed_weights(model):
     """Inside, the decoder keeps its weights in the order that oneDNN needs. Products of few rows
-    then take a third of the time, since F.linear reorders the weights for each of them."""
+    then take a third of the time, since F.linear would reorder the weights each time."""
     modules = *model.model.decoder.modules(), model.lm_head
     layers = [module for module in modules if isinstance(module, FastLinear)]
     try:

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from http.client import HTTPException
@@ -31,7 +30,6 @@ except ImportError:  # Windows
 REQUIRED = "config.json", "sentencepiece.bpe.model"
 OPTIONAL = "generation_config.json", "tokenizer_config.json", "added_tokens.json"
 WEIGHTS = "model.safetensors", "pytorch_model.bin"  # the first that a model has is downloaded
-COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class NoNetwork(ConnectionError):
@@ -39,11 +37,12 @@ class NoNetwork(ConnectionError):
 
 
 def find_model(repo_id, revision=None, pinned=None, readable=WEIGHTS):
-    """The folder in the cache that holds the files of a model, updated if the Hub answers.
+    """The cached folder of a model, updated if the Hub answers.
 
     revision: a branch, a tag, a commit or refs/pr/N.
-    pinned: a revision with safetensors, for a model whose `main` has only a pickle. It replaces
-        `main`, unless the cache has only a `main`, with `readable` weights.
+    pinned: a revision with safetensors, for a model whose `main` has only a pickle. It is used
+        instead of `main`, unless only `main` is cached, with `readable` weights, or the Hub has
+        deleted it.
     Raises NoNetwork, another OSError or ValueError, with a message of one line.
     """
     if not re.fullmatch(r"(?a:\w[\w.-]*(/\w[\w.-]*)?)", repo_id):
@@ -52,7 +51,7 @@ def find_model(repo_id, revision=None, pinned=None, readable=WEIGHTS):
         if in_cache(repo_id, pinned) or not in_cache(repo_id, "main", readable):
             try:
                 return find_revision(repo_id, pinned)
-            except FileNotFoundError:  # the Hub has it no longer
+            except FileNotFoundError:  # deleted from the Hub
                 pass
     return find_revision(repo_id, revision or "main")
 
@@ -61,7 +60,7 @@ def find_revision(repo_id, revision):
     """The snapshot of a revision: the newest, or the one in the cache if the Hub sends none."""
     cached = in_cache(repo_id, revision)
     offline = os.getenv("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    if cached and (offline or COMMIT.fullmatch(revision)):
+    if cached and (offline or re.fullmatch("[0-9a-f]{40}", revision)):
         return cached
     if offline:
         raise NoNetwork(f"{repo_id} is neither a folder nor in the cache: unset HF_HUB_OFFLINE.")
@@ -87,20 +86,18 @@ def explain(error, repo_id):
             return ConnectionError(f"{error.reason.verify_message}. Run 'Install Certificates"
                                    ".command' of Python on macOS, or set SSL_CERT_FILE.")
         proxy = getproxies().get(urlsplit(endpoint()).scheme, "none").rpartition("@")[2]
-        return NoNetwork(f"{repo_id} is neither a folder nor in the cache, and {endpoint()} cannot "
-                         f"be reached ({error.reason}; proxy: {proxy}).")
+        return NoNetwork(f"There is no folder {repo_id}, and {endpoint()} cannot be reached "
+                         f"({error.reason}; proxy: {proxy}).")
     return error
 
 
 def in_cache(repo_id, revision, weights=WEIGHTS):
-    """The snapshot of a revision, or None if it is not complete."""
+    """The cached snapshot of a revision, or None if files are missing."""
     folder = model_folder(repo_id)
-    commit = read(folder / "refs" / revision) or revision
-    if COMMIT.fullmatch(commit):
-        names = {path.name for path in folder.glob(f"snapshots/{commit}/*") if path.is_file()}
-        if names.issuperset(REQUIRED) and not names.isdisjoint(weights):
-            return folder / "snapshots" / commit
-    return None
+    snapshot = folder / "snapshots" / (read(folder / "refs" / revision) or revision)
+    is_complete = (all((snapshot / name).is_file() for name in REQUIRED)
+                   and any((snapshot / name).is_file() for name in weights))
+    return snapshot if is_complete else None
 
 
 def update(repo_id, revision, attempts):
@@ -119,12 +116,12 @@ def update(repo_id, revision, attempts):
             blob = fetch(f"{endpoint()}/{repo_id}/resolve/{commit}/{name}", folder, checksum, size)
             try:
                 os.symlink(f"../../blobs/{checksum}", beside(path))
+                os.replace(beside(path), path)
             except OSError:  # Windows allows links to few users
-                shutil.copyfile(blob, beside(path))
-            os.replace(beside(path), path)
+                os.replace(blob, path)
     ref = folder / "refs" / revision
     if commit not in (revision, read(ref)):
-        beside(ref).write_text(commit)  # last: an interrupted update leaves the older commit
+        beside(ref).write_text(commit)  # last, so that an interrupted update keeps the older one
         os.replace(beside(ref), ref)
     return snapshot
 
@@ -139,7 +136,7 @@ def list_files(repo_id, revision, attempts):
         files = {}
         for file in listing["siblings"]:
             checksum = file["lfs"]["sha256"] if file.get("lfs") else file["blobId"]
-            bytes.fromhex(checksum)  # raises ValueError; it becomes the name of a file
+            bytes.fromhex(checksum)  # raises ValueError; it becomes a file name
             files[file["rfilename"]] = checksum, file["size"]
         bytes.fromhex(listing["sha"])
         return listing["sha"], files
@@ -160,22 +157,22 @@ def fetch(url, folder, checksum, size):
             fcntl.flock(held, fcntl.LOCK_EX)
         if blob.is_file():  # another process may have downloaded it meanwhile
             return blob
-        with open(partial, "ab") as file:
+        digest = hashlib.sha256() if len(checksum) == 64 else hashlib.sha1(b"blob %d\0" % size)
+        with open(partial, "a+b") as file:
             if file.tell() < size:
                 download(url, file)
-        digest = hashlib.sha256() if len(checksum) == 64 else hashlib.sha1(b"blob %d\0" % size)
-        with open(partial, "rb") as file:
+            file.seek(0)
             while block := file.read(1 << 20):
                 digest.update(block)
-        if digest.hexdigest() != checksum:
-            os.truncate(partial, 0)
-            raise ConnectionError(f"{url} arrived damaged and was deleted. Try again.")
+            if digest.hexdigest() != checksum:
+                file.truncate(0)
+                raise ConnectionError(f"{url} arrived damaged and was deleted. Try again.")
         os.replace(partial, blob)
         return blob
 
 
 def download(url, file, attempts=5):
-    """Append to `file` what it lacks of the contents of `url`. Failed attempts are repeated."""
+    """Download the rest of `url` to the end of `file`. Failed attempts are repeated."""
     failures = 0
     while True:
         start, pause = file.tell(), 0
@@ -184,34 +181,32 @@ def download(url, file, attempts=5):
         except HTTPError as error:
             if error.code not in (408, 429, 500, 502, 503, 504):
                 raise
-            reason = f"{error.code} {error.reason}"
-            limit = re.search(r"r=0;t=(\d+)", error.headers.get("RateLimit", ""))
-            after = re.fullmatch(r"\d+", error.headers.get("Retry-After", ""))
-            pause = int(limit[1]) + 1 if limit else int(after[0]) if after else 0
-        except URLError as error:
-            if not start:  # nothing has ever arrived
+            reason = error
+            asked = (re.search(r"r=0;t=(\d+)", error.headers.get("RateLimit", ""))
+                     or re.search(r"^(\d+)$", error.headers.get("Retry-After", "")))
+            pause = int(asked[1]) + 1 if asked else 0
+        except (URLError, HTTPException, ConnectionError, TimeoutError, SSLError) as error:
+            if isinstance(error, URLError) and not start:  # nothing has arrived: fail at once
                 raise
-            reason = error.reason
-        except (HTTPException, ConnectionError, TimeoutError, SSLError) as error:
             reason = error
         failures = 1 if file.tell() > start else failures + 1
         pause = pause or 2 ** (failures - 1)  # 1, 2, 4, 8 seconds
         reason = f"Download from {urlsplit(url).hostname} interrupted: {reason}."
-        if failures == attempts or pause > 310:  # the Hub counts in windows of 300 seconds
-            raise ConnectionError(f"{reason} Try again later: it continues where it broke off.")
+        if failures == attempts or pause > 310:  # its limits end every 300 seconds
+            raise ConnectionError(f"{reason} Try again later: the download will resume.")
         print(f"{reason} Next attempt in {pause} s.", file=sys.stderr)
         time.sleep(pause)
 
 
 def receive(url, file):
-    """Append to `file` what it lacks of the contents of `url`. A terminal shows the progress."""
+    """One attempt to append the rest of `url` to `file`. A terminal shows the progress."""
     done = file.tell()
     request = Request(url, headers={"User-Agent": "lsg-barthez"})
     if done:
         request.add_header("Range", f"bytes={done}-")
     token = os.getenv("HF_TOKEN") or os.getenv("HUGGING_FACE_HUB_TOKEN")
     token = token or read(hf_path(os.getenv("HF_TOKEN_PATH"), "token"))
-    if token:
+    if token:  # without white space: an error about a line break would show the token
         request.add_unredirected_header("Authorization", f"Bearer {''.join(token.split())}")
     with build_opener(Redirects).open(request, timeout=15) as answer:
         if answer.status != 206:  # the answer is the whole file
@@ -219,18 +214,18 @@ def receive(url, file):
             file.truncate()
             done = 0
         size = done + int(answer.headers.get("Content-Length") or 0)
-        while block := answer.read1(1 << 18):  # `read` would wait for more, which a kill loses
+        while block := answer.read1(1 << 18):  # `read` waits for a full block, which a kill loses
             file.write(block)
             done += len(block)
             if size >= 10**7 and sys.stderr.isatty():
-                print(f"\r{done // 10**6:,} of {size // 10**6:,} MB", end="\n" if done == size else "",
-                      file=sys.stderr)
+                print(f"{done // 10**6:,} of {size // 10**6:,} MB", file=sys.stderr,
+                      end="\n" if done == size else "\r")
     if done < size:
         raise ConnectionError(f"{size - done:,} bytes are missing")
 
 
 class Redirects(HTTPRedirectHandler):
-    """Sends the token to the same host alone. Follows 308 as 307, also on Python 3.10."""
+    """Sends the token only to the same host. Follows 308, which Python 3.10 does not."""
 
     http_error_308 = HTTPRedirectHandler.http_error_302
 
@@ -246,7 +241,7 @@ def endpoint():
 
 
 def hf_path(path, name):
-    """`path`, or else `name` in the folder of the Hub's clients."""
+    """`path`, by default `name` in HF_HOME."""
     cache = os.getenv("XDG_CACHE_HOME") or "~/.cache"
     home = os.getenv("HF_HOME") or f"{cache}/huggingface"
     return Path(os.path.expandvars(os.path.expanduser(path or f"{home}/{name}")))

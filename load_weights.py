@@ -1,4 +1,4 @@
-"""From a folder to a checkpoint's config (dict), tensors (dict) and tokenizer, and back.
+"""Read and write checkpoints: config (dict), tensors (dict) and tokenizer.
 
 A checkpoint is a folder with config.json, model.safetensors (or pytorch_model.bin) and
 sentencepiece.bpe.model. The conversion of BARThez to LSG follows lsg-converter 0.1.9,
@@ -6,7 +6,6 @@ conversion_utils.py and mbart/convert_mbart_checkpoint.py.
 """
 
 import json
-import math
 import os
 import pickle
 import shutil
@@ -30,14 +29,13 @@ NUM_GLOBALS = 512  # rows of the published table; the first num_global_tokens ar
 ALIASES = {  # other names that the model card and transformers use for keys of config.json
     "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads",
     "attention_probs_dropout_prob": "attention_dropout", "lsg_num_pre_rounds": "lsh_num_pre_rounds"}
-NOT_INCLUDED = {  # settings of generation that change the text, and the value that does not
-    "do_sample": False, "repetition_penalty": 1, "encoder_repetition_penalty": 1,
-    "num_beam_groups": 1, "guidance_scale": 1, "diversity_penalty": 0, "penalty_alpha": 0,
-    "min_new_tokens": 0, "encoder_no_repeat_ngram_size": 0, "renormalize_logits": False,
-} | dict.fromkeys((
-    "bad_words_ids", "begin_suppress_tokens", "constraints", "dola_layers",
-    "exponential_decay_length_penalty", "force_words_ids", "forced_bos_token_id",
-    "forced_decoder_ids", "sequence_bias", "stop_strings", "suppress_tokens"))
+NOT_INCLUDED = {  # settings of generation that change the text, each with its neutral value
+    "do_sample": False, "num_beam_groups": 1, "diversity_penalty": 0, "penalty_alpha": 0,
+    "repetition_penalty": 1, "encoder_repetition_penalty": 1, "guidance_scale": 1,
+    "encoder_no_repeat_ngram_size": 0, "min_new_tokens": 0, "renormalize_logits": False,
+    "bad_words_ids": None, "begin_suppress_tokens": None, "exponential_decay_length_penalty": None,
+    "force_words_ids": None, "forced_bos_token_id": None, "forced_decoder_ids": None,
+    "sequence_bias": None, "stop_strings": None, "suppress_tokens": None}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -47,9 +45,9 @@ NOT_INCLUDED = {  # settings of generation that change the text, and the value t
 def read_checkpoint(folder, overrides=None):
     """The config (dict), the tensors {name: tensor} and the tokenizer of a checkpoint.
 
-    overrides: keys of config.json and their values, which replace those of the file. Unless they
-        have lsg=False, a plain BARThez is converted to LSG, with 4,096 positions by default;
-        max_position_embeddings changes the number of positions of any model.
+    overrides: keys of config.json and their values, which replace those of the file.
+    A plain BARThez is converted to LSG, with 4,096 positions by default, unless lsg is False.
+    max_position_embeddings as an override changes the number of positions of any model.
     Names begin with "model.", except those of heads. Tied matrices are one tensor under all names.
     Raises ValueError or FileNotFoundError; the message says what is wrong and what to do.
     """
@@ -62,7 +60,7 @@ def read_checkpoint(folder, overrides=None):
     settings |= normalize_settings(read_json(folder / "generation_config.json"))
     warn_of_settings(folder, settings)
     if "id2label" in overrides:
-        settings["num_labels"] = None  # their number decides
+        settings["num_labels"] = None  # the number of labels follows
     config = settings | overrides
     with reading(weights_file):
         tensors = rename(read_tensors(weights_file))
@@ -74,43 +72,43 @@ def read_checkpoint(folder, overrides=None):
     positions = overrides.get("max_position_embeddings")
     is_plain = GLOBALS not in tensors and {EMBEDDING, *POSITIONS} <= tensors.keys()
     if is_plain and config.get("lsg") is not False:
-        config, tensors = convert_to_lsg(config, tensors, tokenizer,
-                                         4096 if positions is None else positions)
-    elif positions is not None:
+        tensors = add_globals(tensors, tokenizer)
+        positions = 4096 if positions is None else positions
+    if positions is not None:
         config, tensors = resize_positions(config, tensors, positions)
     return config, tensors, tokenizer
 
 
 def find(folder, *names):
-    """The first of these files that the folder has."""
+    """The path of the first of these files that exists."""
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    advice = ""
+    message = f"{folder} is not a checkpoint: it lacks {' and '.join(names)}"
     if "sentencepiece.bpe.model" in names:
-        advice = ". That of moussaKam/barthez serves BARThez models"
+        message += ". BARThez models use that of moussaKam/barthez"
     elif list(folder.glob("*.index.json")):
-        advice = (". Join sharded weights with transformers, by save_pretrained(folder, "
-                  "max_shard_size='99GB')")
-    raise FileNotFoundError(f"{folder} is not a checkpoint, it lacks {' and '.join(names)}{advice}")
+        message += (". Join sharded weights with transformers: "
+                    "save_pretrained(folder, max_shard_size='99GB')")
+    raise FileNotFoundError(message)
 
 
 @contextmanager
 def reading(path):
-    """Whatever goes wrong inside becomes a ValueError that names the file and what to do."""
+    """Turn any error inside into a ValueError that names the file and what to do."""
     try:
         yield
     except Exception as error:  # damaged files raise errors of many types
-        advice = "If it is damaged, replace it by a good copy."
+        advice = "If it is damaged, replace it with a good copy."
         if path.stat().st_size < 1000 and b"git-lfs" in path.read_bytes():
-            advice = "It is a pointer of git LFS: run git lfs pull in its folder."
+            advice = "It is a git LFS pointer: run git lfs pull in its folder."
         elif path.resolve().parent.name == "blobs":  # in the Hub's cache
             advice = f"If it is damaged, delete {path.resolve()}, and run again to download it."
         raise ValueError(f"{path} cannot be read ({describe(error)}). {advice}") from error
 
 
 def describe(error):
-    """The message of an error in one line, with its type unless it is one that we raise."""
+    """The message of an error in one line. Its type is added, except for ValueError and OSError."""
     message = " ".join(str(error).split())[:600]
     if isinstance(error, (ValueError, OSError)) and message:
         return message
@@ -118,18 +116,15 @@ def describe(error):
 
 
 def read_json(path):
-    """The JSON object that a file holds. It is empty if there is no such file."""
+    """The JSON object in a file; {} if the file does not exist."""
     if not path.is_file():
         return {}
     with reading(path):
-        contents = json.loads(path.read_text("utf-8-sig"))
-        if not isinstance(contents, dict):
-            raise ValueError(f"it holds a {type(contents).__name__}, not an object")
-        return contents
+        return dict(json.loads(path.read_text("utf-8-sig")))
 
 
 def normalize_settings(settings):
-    """The keys and values of config.json or generation_config.json under one name each."""
+    """Replace aliases, max_new_tokens and lists of one id by the names and types used here."""
     settings = {ALIASES.get(key, key): value for key, value in settings.items()}
     new_tokens = settings.pop("max_new_tokens", None)
     if new_tokens is not None:  # max_length counts the start token, too
@@ -137,17 +132,17 @@ def normalize_settings(settings):
     for name in ("eos_token_id", "forced_eos_token_id"):
         if isinstance(settings.get(name), list):
             if len(settings[name]) != 1:
-                raise ValueError(f"{name}={settings[name]}: several are not included")
+                raise ValueError(f"{name}={settings[name]}: several are not supported")
             [settings[name]] = settings[name]
     return settings
 
 
 def warn_of_settings(folder, settings):
-    """Warn of settings of generation that are not included and would change the text."""
+    """Warn of settings of generation that are not supported and would change the text."""
     found = [f"{name}={settings[name]}" for name, neutral in NOT_INCLUDED.items()
              if settings.get(name) not in (None, [], neutral)]
     if found:
-        warnings.warn(f"{folder} asks for {', '.join(found)}, which is not included here: texts "
+        warnings.warn(f"{folder} sets {', '.join(found)}, which is not supported: texts "
                       "will differ from those of other programs")
 
 
@@ -156,53 +151,52 @@ def read_tensors(path):
     if path.suffix == ".safetensors":
         return load_file(path)
     if torch.__version__ < (2, 10):
-        raise ValueError("a .bin file may run code in this torch (CVE-2026-24747): upgrade to "
+        raise ValueError("this torch may run code in a .bin file (CVE-2026-24747): upgrade to "
                          "torch 2.10, or use model.safetensors")
-    try:  # mmap is for zip files; those of torch before 1.6 are none
+    try:  # mmap needs a zip file, which torch writes since 1.6
         tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:  # its message advises to run the code
-        raise ValueError("it holds more than tensors, or is no checkpoint") from None
-    for name, tensor in dict(tensors).items():
+    except pickle.UnpicklingError:  # its message advises running the code
+        raise ValueError("it is not a checkpoint, or holds more than tensors") from None
+    for name, tensor in tensors.items():
         is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not (
             tensor.is_quantized or tensor.is_nested or tensor.is_meta)
-        if not (isinstance(name, str) and is_dense):
+        if not is_dense:
             raise ValueError(f"{name!r} is not a dense tensor")
-    return dict(tensors)
+    return tensors
 
 
 def rename(tensors):
-    """The tensors that a model uses, under names that begin with "model."."""
+    """Add the prefix "model.", which a file without a head lacks. Drop unused tensors."""
     if not any(name.startswith("model.") for name in tensors):  # saved from a model without a head
         tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
-    # Files of old programs have a version and a _float_tensor.
+    # Old checkpoints contain a version and a _float_tensor.
     return {name: tensor for name, tensor in tensors.items()
             if not name.endswith((".version", "._float_tensor"))}
 
 
 def tie(tensors, settings, config):
-    """The tensors with one tensor for the embedding under all of its names, EMBEDDING first.
+    """The tensors with one tensor for the embedding under all of its names.
 
     settings: those of the file. config: the same with overrides, by which lm_head is tied or not.
     """
     names, names_in_file = tied_names(config), tied_names(settings)
-    copies = {name: tensors[name] for name in names if name in tensors and name in names_in_file}
-    if not copies:
+    stored = [name for name in names_in_file if name in tensors]
+    if not stored:
         return tensors
-    first, *others = copies
-    different = [name for name in others if copies[name].dtype != copies[first].dtype
-                 or not torch.equal(copies[name], copies[first])]
-    if different == ["lm_head.weight"]:
-        raise ValueError("lm_head.weight is not the embedding: set tie_word_embeddings=false")
+    embedding = tensors[stored[0]]
+    different = [name for name in stored
+                 if name in names and not torch.equal(tensors[name], embedding)]
     if different:
-        raise ValueError(f"copies of the embedding differ: {first}, {', '.join(different)}")
-    embedding = dict.fromkeys(names, copies[first])
-    if names_in_file == EMBEDDINGS:  # if it is untied by an override, lm_head begins as a copy
-        tensors = {"lm_head.weight": copies[first].clone()} | tensors
-    return embedding | tensors | embedding
+        raise ValueError(f"{', '.join(different)} differs from {stored[0]}: if it is lm_head.weight"
+                         " alone, set tie_word_embeddings=false")
+    if len(names) < len(names_in_file):  # untied by an override: lm_head begins as a copy
+        head = tensors.get("lm_head.weight", embedding).clone()
+        tensors = tensors | {"lm_head.weight": head}
+    return tensors | dict.fromkeys(names, embedding)
 
 
 def tied_names(config):
-    """The names that the embedding has. A tied one is also the output projection, lm_head."""
+    """The names of the embedding. If it is tied, lm_head.weight is one of them."""
     return EMBEDDINGS if config.get("tie_word_embeddings") is not False else EMBEDDINGS[:3]
 
 
@@ -217,33 +211,33 @@ def check_tokenizer(folder, config, tokenizer):
         if config.get(name) not in (None, id):
             raise ValueError(f"{name} is {config[name]!r} in config.json, but {id} in "
                              "sentencepiece.bpe.model: it is not a BARThez but another kind of "
-                             "mBART, such as mbart-large-cc25, which is not included")
+                             "mBART, such as mbart-large-cc25, which is not supported")
     added = read_json(folder / "added_tokens.json")  # {token: id}
     decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
     added |= {token["content"]: int(id) for id, token in decoder.items()}
     new = [token for token, id in added.items()
            if id >= len(tokenizer) and token not in SPECIAL_TOKENS]
     if new:
-        raise ValueError("tokens that were added to sentencepiece.bpe.model are not included: "
+        raise ValueError("tokens that were added to sentencepiece.bpe.model are not supported: "
                          f"{', '.join(new[:5])}")
 
 
 # ------------------------------------------------------------------------------------------------
-# Conversion. These functions return new dicts and leave their arguments as they are.
+# Conversion. These functions return new dicts; their arguments are unchanged.
 
 
-def convert_to_lsg(config, tensors, tokenizer, max_position_embeddings=4096, *, stride=64):
-    """Config and tensors of an LSG model, from those of a plain BARThez.
+def add_globals(tensors, tokenizer, stride=64):
+    """The tensors of a plain BARThez and the table of global tokens of an LSG model.
 
     A global token is a position of the encoder plus the embedding of <s> (for the first) or of
     <mask> (for the others).
-    stride: how many positions lie between consecutive global tokens.
+    Consecutive global tokens are `stride` positions apart.
     """
     embedding = tensors[EMBEDDING]
     words = embedding[tokenizer.mask_token_id].repeat(NUM_GLOBALS, 1)
     words[0] = embedding[tokenizer.bos_token_id]
-    global_tokens = spread_positions(tensors[POSITIONS[0]][2:], stride) + words
-    return resize_positions(config, tensors | {GLOBALS: global_tokens}, max_position_embeddings)
+    positions = spread_positions(tensors[POSITIONS[0]][2:], stride)
+    return tensors | {GLOBALS: positions + words}
 
 
 def spread_positions(positions, stride):
@@ -265,12 +259,12 @@ def resize_positions(config, tensors, max_position_embeddings):
     """Repeat the rows of the position tables, or cut them, to max_position_embeddings."""
     if not isinstance(max_position_embeddings, int) or max_position_embeddings < 1:
         raise ValueError(f"{max_position_embeddings=}: choose a whole number above 0")
-    tables = {name: tensors[name] for name in POSITIONS if name in tensors}
-    for name, table in tables.items():
-        unused, rows = table[:2], table[2:]  # mBART does not use the first two rows
-        copies = math.ceil(max_position_embeddings / len(rows))
-        tables[name] = torch.cat([unused, rows.repeat(copies, 1)[:max_position_embeddings]])
-    return config | {"max_position_embeddings": max_position_embeddings}, tensors | tables
+    tensors = dict(tensors)
+    for name in POSITIONS:
+        unused, rows = tensors[name][:2], tensors[name][2:]  # mBART does not use the first two
+        index = torch.arange(max_position_embeddings) % len(rows)
+        tensors[name] = torch.cat([unused, rows[index]])
+    return config | {"max_position_embeddings": max_position_embeddings}, tensors
 
 
 # ------------------------------------------------------------------------------------------------
@@ -280,7 +274,7 @@ def resize_positions(config, tensors, max_position_embeddings):
 def write_checkpoint(folder, config, tensors, tokenizer):
     """Write config.json, model.safetensors and the tokenizer into a folder.
 
-    Every file is written beside its place and moved there last. If the disk is full, an older
+    Files are written under temporary names, then renamed. If the disk is full, an older
     checkpoint remains.
     """
     folder = Path(folder)
@@ -304,7 +298,7 @@ def write_checkpoint(folder, config, tensors, tokenizer):
 
 @contextmanager
 def replacing(path):
-    """Yields a name beside `path` to write to. It becomes `path` if all goes well."""
+    """Yields a temporary path, which is renamed to `path` if no error occurs."""
     temporary = path.with_name(f"{path.name}.incomplete")
     try:
         yield temporary

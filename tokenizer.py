@@ -43,7 +43,8 @@ class BarthezTokenizer:
     def text_to_ids(self, text):
         """The ids of a text without <s> and </s>. Special tokens in the text are recognized."""
         text.encode()  # for surrogates, its UnicodeEncodeError is clearer than SentencePiece's
-        # <mask> includes the space before it. Each run of spaces is tried once, in linear time.
+        # <mask> includes the space before it. The lookbehind makes this linear: each run of spaces
+        # is tried once.
         text = re.sub(r"(?<!\s)\s+<mask>", "<mask>", text)
         ids = []
         for part in re.split("(<s>|<pad>|</s>|<unk>|<mask>)", text):
@@ -56,7 +57,7 @@ class BarthezTokenizer:
     def encode(self, text, pair=None, max_length=None):
         """<s> text </s>, or <s> text </s></s> pair </s>, as a list of ids.
 
-        max_length: cut the longer of the two, from its end, until all fits.
+        max_length: cut the longer of the two, from its end, until both fit.
         """
         ids, pair_ids = self.text_to_ids(text), self.text_to_ids(pair or "")
         if max_length is not None:

@@ -283,7 +283,7 @@ def test_a_checkpoint_of_another_task_is_refused(tmp_path, text_file, head):
 
 
 @pytest.mark.parametrize("model, said", [
-    ("someone/some-model", "neither a folder"), ("./none", "neither a folder nor a model"),
+    ("someone/some-model", "no folder"), ("./none", "neither a folder nor a model"),
     (PLAIN / "config.json", "is a file"), (GOLDENS, "lacks config.json")])
 def test_a_model_that_is_named_is_never_replaced(text_file, model, said):
     line = fails("barthez.py", "--summarize", text_file, "--model", model)

@@ -19,7 +19,7 @@ import beam_search
 from barthez import load_model
 from conftest import GOLDENS, assert_close
 from cpu import fast_attention
-from load_weights import GLOBALS, POSITIONS, convert_to_lsg, read_checkpoint
+from load_weights import GLOBALS, POSITIONS, add_globals, read_checkpoint, resize_positions
 from lsg import full_attention, lsg_attention
 
 ROOT = Path(__file__).parent.parent
@@ -156,7 +156,8 @@ def test_a_text_may_fill_all_positions():
 def test_conversion_changes_only_positions_and_globals():
     settings, tensors, tokenizer = read_checkpoint(GOLDENS / "plain", {"lsg": False})
     before = dict(settings), dict(tensors)
-    new_settings, new_tensors = convert_to_lsg(settings, tensors, tokenizer, 1500)
+    new_tensors = add_globals(tensors, tokenizer)
+    new_settings, new_tensors = resize_positions(settings, new_tensors, 1500)
     assert settings == before[0] and tensors.keys() == before[1].keys()
     assert new_settings == settings | {"max_position_embeddings": 1500}
     assert new_tensors.keys() == tensors.keys() | {GLOBALS}

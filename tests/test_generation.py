@@ -337,9 +337,9 @@ def test_the_cache_shows_each_beam_its_own_history(beams, splits):
 def test_a_search_stops_when_no_open_beam_can_win(early_stopping, penalty, length):
     """An open beam is scored as if it ended at `length`. The worst text that is kept scores -3."""
     hypotheses = Hypotheses(GenerationConfig(
-        num_beams=2, max_length=11, early_stopping=early_stopping, length_penalty=penalty), EOS)
-    hypotheses.add("better", -1.0, 1)
+        num_beams=2, max_length=11, early_stopping=early_stopping, length_penalty=penalty))
+    hypotheses.add([EOS, 5], -1.0)
     assert not hypotheses.is_done(-1000.0, 4), "too few texts are kept"
-    hypotheses.add("worse", -3.0, 1)
+    hypotheses.add([EOS, 6], -3.0)
     limit = -3 * length ** penalty
     assert hypotheses.is_done(1.01 * limit, 4) and not hypotheses.is_done(0.99 * limit, 4)

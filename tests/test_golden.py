@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from barthez import build_model, load_model, save_model
 from conftest import GOLDENS, assert_close
-from load_weights import GLOBALS, POSITIONS, convert_to_lsg, read_checkpoint
+from load_weights import GLOBALS, POSITIONS, add_globals, read_checkpoint, resize_positions
 
 LSG, GRADIENTS, HEADS, CONVERSION = (
     json.loads((GOLDENS / f"{name}.json").read_text())
@@ -170,8 +170,8 @@ def converted(case, random_globals):
     tensors = tensors | {table: tensors[table][:rows] for table in POSITIONS}
     if case["seed"] is not None:
         torch.manual_seed(case["seed"])
-    return convert_to_lsg(settings, tensors, tokenizer, length,
-                          stride=case["options"].get("stride", 64))[1]
+    tensors = add_globals(tensors, tokenizer, case["options"].get("stride", 64))
+    return resize_positions(settings, tensors, length)[1]
 
 
 def digest(tensor):
