@@ -24,7 +24,7 @@ class GenerationConfig:
     min_length: int = 0
     length_penalty: float = 1.0  # a text scores its log-probability / length**length_penalty
     no_repeat_ngram_size: int = 0  # 0 allows repetition
-    early_stopping: bool | str = False  # True: at num_beams finished texts; "never": if none can win
+    early_stopping: bool | str = False  # True: at num_beams texts; "never": when none can win
     forced_eos_token_id: int | None = 2  # the last token of a text that reaches max_length
 
     def __post_init__(self):

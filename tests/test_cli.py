@@ -33,13 +33,6 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # of new
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 557000000\n"
 
 
-def start(program, *arguments):
-    """(exit status, stdout, stderr) of a program in a new process, which takes two seconds."""
-    done = subprocess.run([sys.executable, ROOT / program, *map(str, arguments)], timeout=100,
-                          capture_output=True, env=os.environ | ENVIRONMENT)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-
 def run(program, *arguments, input="", before=None):
     """(exit status, stdout, stderr) of a program in a fork of this process. torch is imported
     already, so this is fast. A signal is a negative status. `before` is called in the fork."""
@@ -118,7 +111,7 @@ def text_file(tmp_path):
 
 def test_only_the_summary_is_printed_for_one_file(text_file):
     command = "barthez.py", "--summarize", text_file, "--model", PLAIN, "--max-length", 12
-    status, out, err = start(*command)
+    status, out, err = run(*command)
     assert (status, err) == (0, "") and out.strip() and out.count("\n") == 1
     assert run("barthez.py", "--summarize", "-", *command[3:], input=TEXT) == (0, out, "")
 

@@ -31,7 +31,7 @@ def run(monkeypatch, capsys):
         if program == "barthez.py" and "--model" not in words:
             words += ["--model", toy]
         if "--train" in words:
-            words += ["--steps", "2", "--batch-tokens", "400", "--set", "block_size=16",
+            words += ["--steps", "2", "--max-target-length", "9", "--batch-tokens", "400", "--set", "block_size=16",
                       "sparse_block_size=16", "max_position_embeddings=128"]
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", [str(ROOT / program), *words])
