@@ -42,7 +42,7 @@ from cpu import accelerate, keep_freed_memory, packed_weights
 from hub import NoNetwork, find_model
 from load_weights import (ALIASES, GLOBALS, NUM_GLOBALS, WEIGHTS, describe, read_checkpoint,
                           resize_positions, write_checkpoint)
-from lsg import SPARSITY_TYPES, boolean_mask, check_options, full_attention, lsg_attention
+from lsg import SPARSITY_TYPES, boolean_mask, check_options, lsg_attention
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
                "gelu_new": partial(F.gelu, approximate="tanh")}
@@ -156,7 +156,7 @@ class Attention(nn.Module):
     def __init__(self, embed_dim, num_heads, dropout, lsg_options=None):
         super().__init__()
         self.num_heads, self.dropout, self.lsg_options = num_heads, dropout, lsg_options
-        self.attention = full_attention  # cpu.accelerate replaces it
+        self.attention = F.scaled_dot_product_attention  # cpu.accelerate replaces it
         self.k_proj = nn.Linear(embed_dim, embed_dim)
         self.v_proj = nn.Linear(embed_dim, embed_dim)
         self.q_proj = nn.Linear(embed_dim, embed_dim)
@@ -773,22 +773,21 @@ def parse_arguments():
                       help="print a summary of each text file; - is standard input")
     task.add_argument("--fill-mask", metavar="TEXT",
                       help="print the 5 most likely words for <mask> in TEXT")
-    parser.add_argument("--model", help="Hub id, folder, or tiny, the bundled model (default: "
-                        "a published BARThez made for the task)")
-    parser.add_argument("--revision", help="branch, tag, commit or refs/pr/N on the Hub")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda, … (default: cuda if there is one)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--max-source-length", type=int, metavar="N",
-                        help="read at most N tokens of a text, with new positions if needed")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                        help="override keys of config.json, such as sparsity_factor=4")
+    add = parser.add_argument
+    add("--model", help="Hub id, folder, or tiny, the bundled model (default: a published BARThez)")
+    add("--revision", help="branch, tag, commit or refs/pr/N on the Hub")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, …")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    add("--max-source-length", type=int, metavar="N",
+        help="read at most N tokens of a text, with new positions if needed")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="override keys of config.json, such as sparsity_factor=4")
     # The other options are short for --set.
-    parser.add_argument("--dense", dest="set", action="append_const", const="lsg=false",
-                        help="full attention instead of LSG")
+    add("--dense", dest="set", action="append_const", const="lsg=false",
+        help="full attention instead of LSG")
     for key, text in OPTIONS.items():
-        parser.add_argument("--" + key.replace("_", "-"), dest="set", action="append",
-                            type=(key + "={}").format, metavar="VALUE", help=text)
+        add("--" + key.replace("_", "-"), dest="set", action="append", metavar="VALUE", help=text,
+            type=(key + "={}").format)
     options = parser.parse_args()
     if options.max_source_length is not None and options.max_source_length < 3:
         raise ValueError("--max-source-length: choose at least 3, for <s>, a token and </s>")

@@ -4,27 +4,23 @@ Paper: C. Condevaux and S. Harispe, "LSG Attention: Extrapolation of pretrained 
 sequences" (2022), arXiv:2210.15497. The original code: lsg-converter 0.1.9,
 lsg_converter/mbart/modeling_lsg_mbart.py. This file needs only torch, 2.6 or later: copy it (MIT).
 
-The first num_global_tokens tokens of a sequence are global; the text follows. The text is cut into
-blocks of block_size tokens, and all queries of a block see the same keys:
+The first num_global_tokens tokens are global: they see every token. The others, the text, are cut
+into blocks of block_size tokens, and all queries of a block see the same keys:
 
     global  the global tokens
     local   the block and its two neighbors
-    sparse  the text is subsampled to one key per sparsity_factor tokens; a block sees the last
-            sparse_block_size of these keys before its local keys, and as many after them
+    sparse  a subsample, one key per sparsity_factor tokens: the nearest sparse_block_size sparse
+            keys on either side of the local keys
 
-With block_size=4, sparsity_factor=2, sparse_block_size=2 and sparsity_type="stride", the four
-queries of block 3 see, in the first head, the keys marked g, l and s:
+With block_size=4, sparsity_factor=2, sparse_block_size=2 and sparsity_type="stride", the queries of
+block 3 see, in the first head, the keys marked g, l and s:
 
             global  block 0  block 1  block 2  block 3  block 4  block 5  block 6
                g    . . . .  s . s .  l l l l  l l l l  l l l l  s . s .  . . . .
 
-`key_table` decides which keys a block sees, and the functions under *Sparse keys* subsample.
-
-So a query of the text sees at most num_global_tokens + 3 * block_size + 2 * sparse_block_size keys,
-however long the text is. The sparse keys cover sparse_block_size * sparsity_factor tokens on either
-side of the local keys. What is farther away arrives through the global tokens, which see every
-token, and through the layers above. At the ends of the text, a block sees fewer keys. A text of at
-most two blocks gets full attention, since its blocks are neighbors.
+That is at most num_global_tokens + 3 * block_size + 2 * sparse_block_size keys, however long the
+text is. The sparse keys cover sparse_block_size * sparsity_factor tokens on either side of the local
+keys. A text of at most two blocks gets full attention, since its blocks are neighbors.
 
 Letters used for shapes:
     B batch    H heads     D head dimension    T tokens, of which the first G are global
@@ -41,32 +37,22 @@ from torch.utils.checkpoint import checkpoint
 SPARSITY_TYPES = ("norm", "stride", "block_stride", "pooling", "bos_pooling", "lsh", "none", None)
 
 
-def full_attention(query, key, value, visible=None, dropout_p=0.0):
-    """softmax(query · key / √D) · value over the visible keys; 0 if there is none.
-
-    query (…, queries, D), key and value (…, keys, D), and visible (…, queries or 1, keys), True
-    where a key may be seen.
-    """
-    return F.scaled_dot_product_attention(query, key, value, visible, dropout_p)
-
-
 def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, sparse_block_size=128,
                   sparsity_factor=2, sparsity_type="norm", num_global_tokens=1,
-                  lsh_num_pre_rounds=1, adaptive=True, dropout_p=0.0, attention=full_attention):
-    """Bidirectional self-attention.
+                  lsh_num_pre_rounds=1, adaptive=True, dropout_p=0.0,
+                  attention=F.scaled_dot_product_attention):
+    """Bidirectional self-attention: softmax(query · key / √D) · value over the visible keys.
 
-    query, key, value: (B, H, T, D), the global tokens first; they may be the text's own first
-        tokens, such as <s>. Apply rotary positions before. Scores are divided by √D.
-    attention_mask: (B, T), True or 1 where a key may be seen, globals included. Pad on the right:
-        blocks are counted from the first token. A query that sees no key returns 0; outputs at
-        padding are not zeroed.
+    query, key, value: (B, H, T, D), the global tokens first. These may be the text's own first
+        tokens, such as <s>. Apply rotary positions before.
+    attention_mask: (B, T), True or 1 where a key may be seen, global tokens included. Pad on the
+        right. A query that sees no key gets 0. Outputs at padding are not zeroed.
     block_size, sparse_block_size, sparsity_factor, num_global_tokens: see the top of this file.
     sparsity_type: how the text is subsampled; see *Sparse keys*. "none" or None leaves out the
-        sparse keys, as does sparse_block_size=0 or sparsity_factor=0. "lsh" is random: it draws
-        torch.randn at each call, lsh_num_pre_rounds + 1 times.
+        sparse keys, as does sparse_block_size=0 or sparsity_factor=0. "lsh" is random.
     adaptive: True pads a text to whole blocks; False raises ValueError instead.
     dropout_p: of attention weights; pass 0 in evaluation.
-    attention: called like full_attention, it must give the same.
+    attention: a faster replacement, which takes the same five arguments by position.
     Returns (B, H, T, D). Raises ValueError if shapes or options do not fit together.
 
     >>> x = torch.randn(1, 2, 1 + 64, 8)
@@ -98,68 +84,62 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
         visible = F.pad(visible, (0, padding))
     visible = visible.expand(-1, H, -1)  # (B, H, T + padding)
 
-    num_blocks, sparse_per_block = (text_length + padding) // block_size, 0
-    sparse = key[:, :, :0], value[:, :, :0], visible[:, :, :0]  # no sparse keys
+    num_blocks = (text_length + padding) // block_size
+    sparse_per_block = 0
     if uses_sparse_keys(sparse_block_size, sparsity_factor, sparsity_type):
         sparse_per_block = block_size // sparsity_factor
         sparse = sparse_keys(
             query[:, :, G:], key[:, :, G:], value[:, :, G:], visible[:, :, G:], sparsity_type,
             sparsity_factor, block_size, min(block_size, sparse_block_size), lsh_num_pre_rounds)
+        # Append the sparse keys to the text.
+        key, value, visible = (torch.cat(x, dim=2) for x in zip((key, value, visible), sparse))
+        del sparse  # frees memory
     table = key_table(num_blocks, G, block_size, sparse_per_block, sparse_block_size, query.device)
 
-    # On a CPU, process a few heads at a time, so that the gathered keys fit in its cache. Not in
-    # torch.compile, which would compile again for each number of pieces.
+    # On a CPU, process a few heads at a time, so that the gathered keys, about 20,000, fit in its
+    # cache. Not in torch.compile, which would compile again for each number of pieces.
     heads_per_piece = B * H
     if query.is_cpu and not torch.compiler.is_compiling():
         heads_per_piece = max(1, 20_000 // table.numel())
-    tensors = query, key, value, visible, *sparse
-    pieces = zip(*(x.flatten(0, 1).split(heads_per_piece) for x in tensors))
+    pieces = zip(*(x.flatten(0, 1).split(heads_per_piece) for x in (query, key, value, visible)))
     arguments = table, G, dropout_p, attention
     if query.requires_grad or key.requires_grad or value.requires_grad:
         # Compute each piece again in the backward pass, to save memory.
-        out = torch.cat([checkpoint(attend, *piece, *arguments, use_reentrant=False)
-                         for piece in pieces])
+        out = [checkpoint(attend, *piece, *arguments, use_reentrant=False) for piece in pieces]
     else:
-        out = value.new_empty(B * H, query.shape[2], value.shape[3])
-        for piece, place in zip(pieces, out.split(heads_per_piece)):
-            place.copy_(attend(*piece, *arguments))
-    return out.unflatten(0, (B, H))[:, :, :T]
+        out = [attend(*piece, *arguments) for piece in pieces]
+    return torch.cat(out).unflatten(0, (B, H))[:, :, :T]
 
 
-def attend(query, key, value, visible, sparse_key, sparse_value, sparse_visible, table, G,
-           dropout_p, attention):
-    """LSG attention of the heads of one piece: (heads, T, D) -> (heads, T, D). "…" below is heads.
+def attend(query, key, value, visible, table, G, dropout_p, attention):
+    """LSG attention of the heads of one piece: query (heads, T, D) -> (heads, T, D).
 
-    The text is padded to whole blocks. sparse_key and sparse_value (…, M, D) and sparse_visible
-    (…, M) are those of `sparse_keys`, and table (N, K) is that of `key_table`.
+    The text is padded to whole blocks. The sparse keys follow it: key and value are
+    (heads, T + M, D), and visible is (heads, T + M). table (N, K): see `key_table`.
     """
+    T = query.shape[1]
     # The global queries attend to every token.
-    from_globals = attention(query[..., :G, :], key, value, visible[..., None, :], dropout_p)
+    from_globals = attention(query[:, :G], key[:, :T], value[:, :T], visible[:, None, :T],
+                             dropout_p)
 
-    # Each block of queries attends to the keys in its row of the table. A missing key, -1, is
-    # gathered as key 0 and hidden.
+    # Each block of queries attends to the keys in its row of the table. Where the table has -1,
+    # key 0 is gathered and masked.
     index = table.clamp(min=0).flatten()
-
-    def gather(x, sparse_x, dim):
-        return torch.cat([x, sparse_x], dim).index_select(dim, index).unflatten(dim, table.shape)
-
-    block_key = gather(key, sparse_key, -2)  # (…, N, K, D)
-    block_value = gather(value, sparse_value, -2)  # (…, N, K, D)
-    block_visible = gather(visible, sparse_visible, -1) & (table >= 0)  # (…, N, K)
-    block_query = query[..., G:, :].unflatten(-2, (len(table), -1))  # (…, N, block_size, D)
-    from_text = attention(block_query, block_key, block_value, block_visible[..., None, :],
-                          dropout_p)
-    return torch.cat([from_globals, from_text.flatten(-3, -2)], dim=-2)
+    block_key = key.index_select(1, index).unflatten(1, table.shape)  # (heads, N, K, D)
+    block_value = value.index_select(1, index).unflatten(1, table.shape)  # (heads, N, K, D)
+    block_visible = visible.index_select(1, index).unflatten(1, table.shape) & (table >= 0)
+    block_query = query[:, G:].unflatten(1, (len(table), -1))  # (heads, N, block_size, D)
+    from_text = attention(block_query, block_key, block_value, block_visible[:, :, None], dropout_p)
+    return torch.cat([from_globals, from_text.flatten(1, 2)], dim=1)
 
 
 def key_table(num_blocks, num_global_tokens, block_size, sparse_per_block, sparse_block_size,
               device=None):
     """Which keys each block of queries sees: (N, K) indices into globals, text and sparse keys.
 
-    The columns are the global, the local, and the sparse keys before and after. -1 marks positions
-    outside the text. sparse_per_block: how many sparse keys are made from each block; 0 if there
-    are none. For example, one global token (0), ten tokens of text in
-    blocks of two (1 to 10), and one sparse key made from each block (11 to 15):
+    The columns are the global keys, the local keys, and the sparse keys before and after them. -1
+    marks positions outside the text. For example, with one global token (0), ten tokens of text in
+    blocks of two (1 to 10), and one sparse key per block (11 to 15):
 
     >>> key_table(5, 1, block_size=2, sparse_per_block=1, sparse_block_size=1)
     tensor([[ 0, -1, -1,  1,  2,  3,  4, -1, 13],
@@ -172,7 +152,7 @@ def key_table(num_blocks, num_global_tokens, block_size, sparse_per_block, spars
     num_text, num_sparse = num_blocks * block_size, num_blocks * sparse_per_block
 
     def window(first, size, length, offset):
-        """`size` keys from number `first` (N, 1) on, among the `length` keys from `offset` on."""
+        """Row i: `size` indices from first[i] on, plus offset; -1 outside 0 to length - 1."""
         position = first + torch.arange(size, device=device)  # (N, size)
         return torch.where((0 <= position) & (position < length), offset + position, -1)
 
@@ -188,11 +168,10 @@ def key_table(num_blocks, num_global_tokens, block_size, sparse_per_block, spars
 
 
 def boolean_mask(mask):
-    """The mask as booleans. Raises ValueError if it may be an additive mask: if it has values other
-    than 0 and 1, or no 1. torch.compile leaves out this check."""
-    if mask.dtype == torch.bool or torch.compiler.is_compiling():
-        return mask.bool()
-    if not (((mask == 0) | (mask == 1)).all() and mask.any()):
+    """The mask as booleans. Raises ValueError if it looks additive: if it has values other than 0
+    and 1, or no 1. torch.compile skips this check."""
+    is_checked = mask.dtype != torch.bool and not torch.compiler.is_compiling()
+    if is_checked and not (((mask == 0) | (mask == 1)).all() and mask.any()):
         raise ValueError("attention_mask must be True or 1 where a key may be seen, False or 0 "
                          "elsewhere (for an additive mask: pass mask == 0)")
     return mask.bool()
@@ -205,12 +184,11 @@ def boolean_mask(mask):
 #     stride         every sparsity_factor-th key; each head starts one token later
 #     block_stride   a run of keys in each block; each head takes the next run
 #     pooling        the mean of each group of sparsity_factor tokens
-#     bos_pooling    the same, weighted by the attention of the text's first token (no global one)
+#     bos_pooling    the same, weighted by the attention of the first token after the global ones
 #     lsh            in each chunk of tokens, the means of the keys in the same bucket of a hash
 #
-# sparse_block_size has two roles, a quirk of the original. It is the number of sparse keys seen on
-# either side. For norm and lsh it is also the size of a chunk: min(block_size, sparse_block_size)
-# tokens, which make chunk_size / sparsity_factor keys.
+# As in the original, sparse_block_size has two roles. It is the number of sparse keys seen on
+# either side. For norm and lsh, it also limits chunk_size = min(block_size, sparse_block_size).
 
 
 def uses_sparse_keys(sparse_block_size, sparsity_factor, sparsity_type):
@@ -226,7 +204,7 @@ def sparse_keys(query, key, value, visible, sparsity_type, factor, block_size, c
     """
     if factor == 1:  # every key is kept
         return key, value, visible
-    if sparsity_type == "lsh" and chunk_size == factor:  # one key per chunk
+    if sparsity_type == "lsh" and chunk_size == factor:  # one bucket per chunk needs no hash
         sparsity_type = "bos_pooling"  # as in the original
     if sparsity_type == "lsh":
         return lsh(key, value, visible, chunk_size, factor, lsh_num_pre_rounds)
@@ -241,16 +219,18 @@ def sparse_keys(query, key, value, visible, sparsity_type, factor, block_size, c
     key, value, visible = (x.unflatten(2, (-1, factor)) for x in (key, value, visible))
     if sparsity_type == "pooling":
         weight = (visible / (visible.sum(-1, keepdim=True) + 1e-6)).to(key.dtype)
-    else:
-        weight = bos_weight(query[:, :, 0], key, visible)
+    else:  # the attention weights of the text's first token within each group
+        score = torch.einsum("bhd,bhmfd->bhmf", query[:, :, 0], key) / math.sqrt(key.shape[-1])
+        weight = score.masked_fill(~visible, torch.finfo(score.dtype).min).softmax(-1)
     weight = weight[..., None]  # (B, H, M, factor, 1)
     return (weight * key).sum(3), (weight * value).sum(3), visible.any(3)
 
 
 def select(index, *tensors):
-    """The tokens number `index` (B, H, M) of tensors (B, H, N * block_size, …)."""
-    batch = torch.arange(index.shape[0], device=index.device)[:, None, None]
-    head = torch.arange(index.shape[1], device=index.device)[:, None]
+    """The tokens at `index` (B or 1, H, M) of tensors (B, H, N * block_size, …)."""
+    B, H = tensors[0].shape[:2]
+    batch = torch.arange(B, device=index.device)[:, None, None]
+    head = torch.arange(H, device=index.device)[:, None]
     return [x[batch, head, index] for x in tensors]
 
 
@@ -265,63 +245,45 @@ def norm(key, visible, chunk_size, factor):
 
 
 def stride(key, factor):
-    """Indices of every `factor`-th token. Each head starts one token later, modulo `factor`."""
-    head = torch.arange(key.shape[1], device=key.device)[:, None]
-    index = torch.arange(0, key.shape[2], factor, device=key.device)
-    return (index + head % factor).expand(len(key), -1, -1)  # (B, H, M)
+    """Indices (H, M): of each `factor` tokens, head h takes number h % factor."""
+    head = torch.arange(key.shape[1], device=key.device)
+    token = torch.arange(key.shape[2], device=key.device).view(-1, factor)  # (M, factor)
+    return token[:, head % factor].T
 
 
 def block_stride(key, block_size, factor):
-    """Indices of a run of block_size / factor tokens per block. Each head takes the next run."""
-    run = block_size // factor
-    head = torch.arange(key.shape[1], device=key.device)[:, None, None]
-    index = (head * run + torch.arange(run, device=key.device)) % block_size
-    first = torch.arange(0, key.shape[2], block_size, device=key.device)[:, None]
-    return (first + index).flatten(1).expand(len(key), -1, -1)  # (B, H, M)
-
-
-def bos_weight(first_query, key, visible):
-    """The attention weights (B, H, M, factor) of the text's first token within each group.
-
-    first_query (B, H, D), key (B, H, M, factor, D), visible (B, H, M, factor).
-    """
-    score = torch.einsum("bhd,bhmfd->bhmf", first_query, key) / math.sqrt(key.shape[-1])
-    return score.masked_fill(~visible, torch.finfo(score.dtype).min).softmax(-1)
+    """Indices (H, M): of the `factor` runs of each block, head h takes number h % factor."""
+    head = torch.arange(key.shape[1], device=key.device)
+    token = torch.arange(key.shape[2], device=key.device)
+    run = token.view(-1, factor, block_size // factor)  # (N, factor, block_size / factor)
+    return run[:, head % factor].transpose(0, 1).flatten(1)
 
 
 def lsh(key, value, visible, chunk_size, factor, pre_rounds):
     """The mean of the keys of each chunk that fall into the same bucket of a random hash.
 
-    The last round has chunk_size / factor buckets. The `pre_rounds` rounds before have chunk_size:
-    they merge keys that are nearly equal, which are then hashed as one.
+    The last round has chunk_size / factor buckets. The `pre_rounds` rounds before it have
+    chunk_size buckets each: they merge keys that are nearly equal, which are then hashed as one.
+    In a round, each of num_buckets // 2 random directions is a bucket, and so is its opposite. A
+    key goes to the one with the largest dot product. If num_buckets is odd, one stays empty.
     """
+    _, H, _, D = key.shape
     precise = torch.promote_types(key.dtype, torch.float32)
     # The number of tokens in each sum, at first 0 or 1: (B, H, N * block_size, 1)
     count = visible[..., None].to(precise)
-    sums = key * count, value * count, count
-    sums = [x.unflatten(2, (-1, chunk_size)) for x in sums]
+    sums = [x.unflatten(2, (-1, chunk_size)) for x in (key * count, value * count, count)]
     for num_buckets in [chunk_size] * pre_rounds + [chunk_size // factor]:
-        sums = lsh_round(*sums, num_buckets)
-    # Under autocast the sums may be in half precision, in which 1e-8 is 0.
+        key_sum = sums[0]  # (B, H, chunks, chunk_size, D)
+        directions = torch.randn(1, H, 1, D, num_buckets // 2, device=key.device)
+        with torch.no_grad():
+            similarity = F.normalize(key_sum, dim=-1) @ directions.to(key_sum.dtype)
+            bucket = torch.cat([similarity, -similarity], dim=-1).argmax(-1)  # (…, chunk_size)
+            buckets = torch.arange(num_buckets, device=key.device)[:, None]
+            members = (bucket[..., None, :] == buckets).to(key_sum.dtype)
+        sums = [members @ x for x in sums]  # (B, H, chunks, num_buckets, …)
     key_sum, value_sum, count = (x.flatten(2, 3).to(precise) for x in sums)
-    mean_key, mean_value = key_sum / (count + 1e-8), value_sum / (count + 1e-8)
-    return mean_key.to(key.dtype), mean_value.to(key.dtype), count[..., 0] > 0
-
-
-def lsh_round(key_sum, value_sum, count, num_buckets):
-    """Add up each bucket: (B, H, chunks, chunk_size, D or 1) -> (B, H, chunks, num_buckets, …).
-
-    Each of num_buckets // 2 random directions is a bucket, and so is its opposite. A key goes to
-    the one with the largest dot product. If num_buckets is odd, one bucket stays empty.
-    """
-    _, H, _, _, D = key_sum.shape
-    directions = torch.randn(1, H, 1, D, num_buckets // 2, device=key_sum.device)
-    with torch.no_grad():
-        similarity = F.normalize(key_sum, dim=-1) @ directions.to(key_sum.dtype)
-        bucket = torch.cat([similarity, -similarity], dim=-1).argmax(-1)  # (…, chunk_size)
-        buckets = torch.arange(num_buckets, device=key_sum.device)[:, None]
-        members = (bucket[..., None, :] == buckets).to(key_sum.dtype)  # (…, buckets, chunk_size)
-    return [members @ x for x in (key_sum, value_sum, count)]
+    size = count.clamp(min=1)
+    return (key_sum / size).to(key.dtype), (value_sum / size).to(key.dtype), count[..., 0] > 0
 
 
 def check_options(block_size, sparse_block_size, sparsity_factor, sparsity_type,

@@ -4,9 +4,9 @@
     python train.py --model my-model --evaluate test.jsonl
 
 Pairs are JSON lines: {"document": "…", "summary": "…"}. The saved model is the one with the best
-ROUGE-L on a sample of the validation pairs, or without them the last. Run the same command again to
-resume an interrupted run: on the same CPU with the same number of threads, the result is the same
-to the last bit. On several GPUs: torchrun --nproc-per-node 8 train.py …
+ROUGE-L on a sample of the validation pairs; without them, the last. Run the same command again to
+resume an interrupted run; on the same CPU and number of threads, the result is bit-identical. On
+several GPUs: torchrun --nproc-per-node 8 train.py …
 
 Letters used for shapes: B batch, S tokens of a document, T tokens of a summary, V vocabulary.
 """
@@ -35,11 +35,11 @@ from cpu import keep_freed_memory
 from load_weights import replacing
 
 if os.name != "nt":
-    import fcntl  # Windows has none
+    import fcntl  # not on Windows
 
 RANK = int(os.environ.get("RANK", "0"))  # the number of this process, as torchrun sets it
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
-CHECKPOINT_SECONDS = 300  # between checkpoints: what a kill may cost
+CHECKPOINT_SECONDS = 300  # between checkpoints; an interruption loses no more
 REMEDY = "choose another --output, or delete that folder"
 
 
@@ -54,21 +54,20 @@ def say(text):
 
 
 def read_pairs(path, tokenizer, options):
-    """The pairs in a file of JSON lines: dicts of document and summary, and of their ids, source
-    and target. Ids beyond the maximum lengths are cut off, and their number is reported."""
+    """Pairs from a file of JSON lines: dicts with document and summary (texts), source and target
+    (their ids). Longer texts than the maximum lengths are cut, and their number is reported."""
     pairs = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                pair = json.loads(line)  # UTF-8, with or without a byte order mark
-                pair["source"] = tokenizer.encode(pair["document"])
-                pair["target"] = tokenizer.encode(pair["summary"])
-            except Exception as error:  # a wrong line may raise any
-                raise ValueError(f"{path}, line {number}, is not a JSON object in UTF-8 with the "
-                                 f"texts document and summary: {error!r}") from None
-            pairs.append(pair)
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            pair = json.loads(line)  # UTF-8, with or without a byte order mark
+            pair["source"] = tokenizer.encode(pair["document"])
+            pair["target"] = tokenizer.encode(pair["summary"])
+        except Exception as error:  # wrong lines raise errors of many types
+            raise ValueError(f"{path}, line {number}, is not a JSON object in UTF-8 with the "
+                             f"texts document and summary: {error!r}") from None
+        pairs.append(pair)
     if not pairs:
         raise ValueError(f"{path} is empty")
     for name, texts in (("source", "documents"), ("target", "summaries")):
@@ -92,7 +91,7 @@ def make_batch(pairs, model):
 
 def shuffled(pairs, options):
     """Yields lists of pairs of similar length, without end, in an order that depends on the seed
-    alone. A list has at most options.batch_tokens tokens, padding included, or one pair."""
+    alone. A list has at most options.batch_tokens tokens before padding, or one pair."""
     for epoch in count():
         rng = random.Random(f"{options.seed} {epoch}")
         # Noise, so that the lists differ between epochs. It only adds, so that the limit holds.
@@ -127,25 +126,20 @@ def rouge(candidate, reference):
         return re.findall(r"\w+", text.lower())
 
     a, b = words(candidate), words(reference)
-
-    def f1(common, n):
-        return 2 * common / (len(a) + len(b) - 2 * (n - 1)) if common else 0.0
-
-    def ngrams(words, n):
-        return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
-
+    unigrams = (Counter(a) & Counter(b)).total()
+    bigrams = (Counter(zip(a, a[1:])) & Counter(zip(b, b[1:]))).total()
     longest = [0] * (len(b) + 1)  # length of the longest common subsequence, row by row
     for word in a:
         above = longest[:]
         for j, other in enumerate(b):
             longest[j + 1] = above[j] + 1 if word == other else max(above[j + 1], longest[j])
-    unigrams = (ngrams(a, 1) & ngrams(b, 1)).total()
-    bigrams = (ngrams(a, 2) & ngrams(b, 2)).total()
-    return f1(unigrams, 1), f1(bigrams, 2), f1(longest[-1], 1)
+    # F1 is twice the common ones, divided by all those of both texts.
+    total = max(1, len(a) + len(b))
+    return 2 * unigrams / total, 2 * bigrams / max(1, total - 2), 2 * longest[-1] / total
 
 
 def mean_rouge(texts, pairs):
-    """The means over texts and the summaries of pairs: ROUGE-L, and all three to be printed."""
+    """The mean ROUGE of texts against the summaries of pairs: ROUGE-L, and a line with all three."""
     scores = [rouge(text, pair["summary"]) for text, pair in zip(texts, pairs)]
     one, two, longest = (sum(column) / len(scores) for column in zip(*scores))
     return longest, f"ROUGE-1 {one:.3f}  ROUGE-2 {two:.3f}  ROUGE-L {longest:.3f}"
@@ -153,8 +147,9 @@ def mean_rouge(texts, pairs):
 
 @torch.no_grad()
 def measure(model, tokenizer, pairs, options):
-    """ROUGE-L of a model's summaries, and a text with the other measures and a summary."""
+    """ROUGE-L of a model's summaries, and a text with all measures and one summary."""
     loss = 0.0
+    model.eval()
     for group in group_by_length([len(pair["source"]) for pair in pairs], options.batch_tokens):
         loss += cross_entropy(model, make_batch([pairs[i] for i in group], model)).item()
     loss /= sum(len(pair["target"]) for pair in pairs)
@@ -167,7 +162,7 @@ def measure(model, tokenizer, pairs, options):
 
 
 def evaluate(options):
-    """Print the measures of a model, and ROUGE of the first sentences of the documents."""
+    """Print ROUGE of a model and of a baseline, the first sentence of each document."""
     if RANK > 0:
         return  # one process is enough
     model, tokenizer = load(options)
@@ -184,30 +179,30 @@ def evaluate(options):
 def train(options):
     """Fine-tune options.model on options.train, and save the best model in options.output."""
     model, tokenizer = load(options)
-    pairs, validation = read_pairs(options.train, tokenizer, options), []
-    if options.validation:
-        validation = read_pairs(options.validation, tokenizer, options)
-        validation = random.Random(0).sample(validation, min(options.evaluate_on, len(validation)))
+    pairs = read_pairs(options.train, tokenizer, options)
+    validation = read_pairs(options.validation, tokenizer, options) if options.validation else []
+    validation = random.Random(0).sample(validation, min(options.evaluate_on, len(validation)))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True,
                                   weight_decay=options.weight_decay)
 
-    checkpoint, description = options.output / "checkpoint.pt", describe_run(options, model)
-    progress = {"step": 0, "best_step": 0, "best_score": 0.0}
+    checkpoint = options.output / "checkpoint.pt"
+    progress = {"run": describe_run(options, model), "step": 0, "best_step": 0, "best_score": 0.0}
     if checkpoint.exists():
-        progress = load_checkpoint(checkpoint, description, model, optimizer)
+        progress = load_checkpoint(checkpoint, progress["run"], model, optimizer)
         say(f"resuming after step {progress['step']} of {options.steps}")
-    elif RANK == 0:  # to notice a full disk before training
-        save_checkpoint(checkpoint, description, progress, model, optimizer)
+    elif RANK == 0:  # a full disk shows before training
+        save_checkpoint(checkpoint, progress, model, optimizer)
 
     parallel = model
     if PROCESSES > 1:  # average the gradients; the others wait while the first process evaluates
         torch.distributed.init_process_group(timeout=timedelta(days=1))
-        parallel = torch.nn.parallel.DistributedDataParallel(model)
-    # A resumed run skips the lists that it has used, and draws the same random numbers.
+        skips_layers = model.config.encoder_layerdrop + model.config.decoder_layerdrop > 0
+        parallel = torch.nn.parallel.DistributedDataParallel(
+            model, find_unused_parameters=skips_layers)
+    # A resumed run skips the lists already used, and draws the same random numbers.
     used = progress["step"] * options.accumulate * PROCESSES
     lists = islice(shuffled(pairs, options), used + RANK, None, PROCESSES)
     began = saved = time.monotonic()
-    model.train()
     for step in range(progress["step"] + 1, options.steps + 1):
         torch.manual_seed(random.Random(f"{options.seed} {step} {RANK}").getrandbits(63))
         batches = [make_batch(part, model) for part in islice(lists, options.accumulate)]
@@ -217,9 +212,15 @@ def train(options):
             say(f"step {step}/{options.steps}  loss {loss:.3f}  {time.monotonic() - began:.0f} s")
         is_measured = step % options.evaluate_every == 0 or step == options.steps
         if RANK == 0 and is_measured:
-            save_if_best(model, tokenizer, validation, progress, options)
+            score = 0.0
+            if validation:
+                score, text = measure(model, tokenizer, validation, options)
+                say(f"step {step}: {text}")
+            if score >= progress["best_score"]:  # without validation, the last model is the best
+                save_model(model, tokenizer, options.output)
+                progress.update(best_step=step, best_score=score)
         if RANK == 0 and (is_measured or time.monotonic() - saved > CHECKPOINT_SECONDS):
-            save_checkpoint(checkpoint, description, progress, model, optimizer)
+            save_checkpoint(checkpoint, progress, model, optimizer)
             saved = time.monotonic()
     say(f"the best model, of step {progress['best_step']}, is in {options.output}")
     if PROCESSES > 1:
@@ -233,6 +234,7 @@ def update(model, optimizer, step, batches, options):
     if PROCESSES > 1:
         torch.distributed.all_reduce(tokens)
     mean = 0
+    model.train()
     for i, batch in enumerate(batches, 1):
         model.require_backward_grad_sync = i == len(batches)  # for DistributedDataParallel
         with torch.autocast(tokens.device.type, torch.bfloat16, options.precision == "bfloat16"):
@@ -253,21 +255,8 @@ def update(model, optimizer, step, batches, options):
     return mean
 
 
-def save_if_best(model, tokenizer, validation, progress, options):
-    """Save the model, unless an earlier one of its run has a better ROUGE-L."""
-    score = 0.0
-    if validation:
-        model.eval()
-        score, text = measure(model, tokenizer, validation, options)
-        model.train()
-        say(f"step {progress['step']}: {text}")
-    if score >= progress["best_score"]:
-        save_model(model, tokenizer, options.output)
-        progress.update(best_step=progress["step"], best_score=score)
-
-
 def describe_run(options, model):
-    """All that decides the result of a run, as {name: value}."""
+    """Everything that determines the result of a run, as {name: value}."""
     run = asdict(model.config) | asdict(model.generation_config) | vars(options)
     for name in ("output", "revision", "set", "gradient_checkpointing"):
         del run[name]
@@ -277,9 +266,8 @@ def describe_run(options, model):
     return run | {"number of processes": PROCESSES}
 
 
-def save_checkpoint(path, run, progress, model, optimizer):
-    state = {"run": run, "progress": progress, "model": model.state_dict(),
-             "optimizer": optimizer.state_dict()}
+def save_checkpoint(path, progress, model, optimizer):
+    state = {"progress": progress, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with replacing(path) as temporary:
         try:
             torch.save(state, temporary)
@@ -289,14 +277,13 @@ def save_checkpoint(path, run, progress, model, optimizer):
 
 def load_checkpoint(path, run, model, optimizer):
     """Restore model and optimizer, and return the progress. Raises ValueError if the file is
-    damaged, or from another run: it names what differs."""
+    damaged, or belongs to another run; the message names what differs."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError("wrong checksum")
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        before, progress = state["run"], state["progress"]
-    except Exception:  # zipfile and torch raise many types for a damaged file
+        progress, before = state["progress"], state["progress"]["run"]
+    except Exception:  # damaged files raise errors of many types
         raise ValueError(f"{path} is damaged or is not from this program: {REMEDY}") from None
     changes = [f"{name} was {before.get(name)} and is now {value}"
                for name, value in run.items() if before.get(name) != value]
@@ -322,10 +309,10 @@ def main():
     with open(folder / "train.lock", "a") as lock:
         try:
             if os.name != "nt" and RANK == 0:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released with the process
         except BlockingIOError:
             raise ValueError(f"another run is using {folder}: choose another --output") from None
-        except OSError:  # some network drives have no locks
+        except OSError:  # some network drives do not support locks
             pass
         if (folder / "config.json").exists() and not (folder / "checkpoint.pt").exists():
             raise ValueError(f"{folder} has a model, but no checkpoint.pt to resume from: {REMEDY}")
@@ -346,16 +333,16 @@ def parse_arguments():
         metavar="N", help="in tokens (default: the model's max_length, otherwise 128)")
     add("--num-beams", dest="set", action="append", type="num_beams={}".format, metavar="N")
     add("--max-source-length", type=int, metavar="N", help="(default: the model's positions)")
-    add("--validation", metavar="FILE", help="pairs that decide which model is the best")
+    add("--validation", metavar="FILE", help="pairs for choosing the best model")
     add("--output", type=Path, default=Path("my-model"), help="folder for the best model")
     add("--steps", type=int, default=3000, help="updates of the weights")
-    add("--batch-tokens", type=int, default=8192, help="per forward pass, padded")
+    add("--batch-tokens", type=int, default=8192, help="per forward pass, before padding")
     add("--accumulate", type=int, default=1, metavar="N", help="forward passes per step")
     add("--learning-rate", type=float, default=5e-5)
     add("--warmup", type=float, default=0.1, metavar="SHARE", help="of the steps")
     add("--weight-decay", type=float, default=0.01)
     add("--label-smoothing", type=float, default=0.1)
-    add("--only-global-embeddings", action="store_true", help="cheap adaptation to LSG")
+    add("--only-global-embeddings", action="store_true", help="train only the global tokens")
     add("--gradient-checkpointing", action="store_true", help="less memory, slower")
     add("--precision", choices=["bfloat16", "float32"], help="default: bfloat16 where supported")
     add("--evaluate-every", type=int, default=500, metavar="STEPS")
@@ -365,11 +352,13 @@ def parse_arguments():
     least = min(options.steps, options.accumulate, options.evaluate_every, options.evaluate_on)
     if least < 1 or not 0 <= options.warmup <= 1:
         parser.error("numbers of steps, batches and pairs begin at 1, and --warmup is from 0 to 1")
+    if options.max_source_length is not None and options.max_source_length < 3:
+        parser.error("--max-source-length: choose at least 3, for <s>, a token and </s>")
     return options
 
 
 def load(options):
-    """The model and its tokenizer. Completes the options that depend on it and the processor."""
+    """The model and its tokenizer. Sets the options that depend on them and on the processor."""
     device, has_bfloat16 = "cpu", torch.cpu._is_avx512_bf16_supported()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -391,7 +380,7 @@ def load(options):
     if longest > positions:
         raise ValueError(f"the model has {positions} positions: --set max_position_embeddings="
                          f"{longest} makes room for {longest} tokens")
-    # Saved with the model, so that it writes as it was measured.
+    # Saved with the model, so that it generates as it was evaluated.
     model.generation_config = replace(model.generation_config, max_length=options.max_target_length)
     return model, tokenizer
 

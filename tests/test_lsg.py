@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import lsg
 from conftest import assert_close
-from lsg import SPARSITY_TYPES, full_attention, key_table, lsg_attention
+from lsg import SPARSITY_TYPES, key_table, lsg_attention
 
 every_selection = pytest.mark.parametrize("kind", SPARSITY_TYPES)
 SMALL = {"block_size": 4, "sparse_block_size": 4, "sparsity_factor": 2}
@@ -538,35 +538,6 @@ def test_the_tensors_of_the_caller_do_not_change(kind):
     copies = [x.clone() for x in inputs]
     lsg_attention(*inputs, sparsity_type=kind, **SMALL)
     assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies))
-
-
-# ------------------------------------------------------------------------------------------------
-# Full attention
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-@pytest.mark.parametrize("num_queries", [1, 8, 9, 300])
-@pytest.mark.parametrize("masked", ["no", "keys", "causal"])
-def test_full_attention_is_the_formula(num_queries, masked, dtype, tolerance, training):
-    query = torch.randn(2, 3, num_queries, 7)
-    key, value = torch.randn(2, 2, 3, 300, 7)
-    visible = {"no": None, "keys": torch.rand(2, 1, 1, 300) < 0.7,
-               "causal": torch.ones(num_queries, 300).tril(2).bool()}[masked]
-    leaves = [x.to(dtype).requires_grad_(training) for x in (query, key, value)]
-    exact = [x.detach().double().requires_grad_(training) for x in leaves]
-    actual = full_attention(*leaves, visible)
-    everything = torch.ones(1, 300).bool()
-    expected = softmax_attention(*exact, everything if visible is None else visible)
-    assert actual.dtype == dtype
-    assert_close(actual.double(), expected, tolerance)
-    if training:
-        weights = torch.randn_like(expected)
-        actual_grads = torch.autograd.grad((actual.double() * weights).sum(), leaves)
-        expected_grads = torch.autograd.grad((expected * weights).sum(), exact)
-        for a, e in zip(actual_grads, expected_grads):
-            scale = max(e.abs().max().item(), 1)
-            assert_close(a.double() / scale, e / scale, tolerance)
 
 
 # ------------------------------------------------------------------------------------------------
