@@ -7,9 +7,10 @@ Sequence-to-Sequence Model" (2020), arXiv:2010.12321, after Y. Liu et al., arXiv
 Official code: transformers 4.36.2, models/mbart/modeling_mbart.py; with LSG, lsg-converter 0.1.9,
 lsg_converter/mbart/modeling_lsg_mbart.py. Modules are named as in the checkpoint.
 
-The walk of a document: main -> a folder (hub.py) -> config, tensors, tokenizer (load_weights.py) ->
-build_model -> summarize -> ids (tokenizer.py) -> generate -> Encoder -> lsg_attention (lsg.py) ->
-Decoder, with the cache of beam_search (beam_search.py) -> ids -> text. cpu.py makes it faster.
+The walk of a document: main -> a folder (hub.py) -> config, tensors, tokenizer, with a conversion to
+LSG (load_weights.py) -> build_model -> summarize -> ids (tokenizer.py) -> generate -> Encoder ->
+lsg_attention (lsg.py) -> Decoder, with the cache of beam_search (beam_search.py) -> ids -> text.
+cpu.py makes it faster.
 
 Letters used for shapes:
     B batch    H heads    D head dimension    E d_model    V vocabulary    G global tokens

@@ -163,6 +163,17 @@ def test_untied_weights_can_be_tied_and_saved(folder):
     assert torch.equal(load(folder, lsg=False).lm_head.weight, TENSORS[SHARED])
 
 
+@reads_bin
+@pytest.mark.parametrize("names", [[SHARED, "lm_head.weight"], ["lm_head.weight"]], ids=str)
+def test_tied_weights_can_be_untied(folder, names):
+    """lm_head begins as a copy, and shares no memory."""
+    others = {name: tensor for name, tensor in TENSORS.items() if name != SHARED}
+    save_bin(folder, others | dict.fromkeys(names, TENSORS[SHARED]))
+    model = load(folder, lsg=False, tie_word_embeddings=False)
+    head, embedding = model.lm_head.weight, model.model.shared.weight
+    assert torch.equal(head, embedding) and head.data_ptr() != embedding.data_ptr()
+
+
 def test_a_file_may_lack_the_prefix_and_the_bias_and_have_old_names(folder, plain_logits):
     """The file of a model without a head, saved by an old program."""
     tensors = {name.removeprefix("model."): tensor for name, tensor in TENSORS.items()

@@ -540,6 +540,14 @@ def test_the_tensors_of_the_caller_do_not_change(kind):
     assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies))
 
 
+@pytest.mark.parametrize("text_length", [9, 31])
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast_gives_its_data_type(text_length, training):
+    inputs = [x.requires_grad_(training) for x in random_inputs(1, 3, 1 + text_length, 5)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lsg_attention(*inputs, **SMALL).dtype == torch.bfloat16
+
+
 # ------------------------------------------------------------------------------------------------
 # Gradients and dropout
 

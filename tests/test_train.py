@@ -408,7 +408,8 @@ def test_a_model_that_diverges_is_not_saved(pairs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--steps", "0"], "begin at 1"), (["--warmup", "200"], "--warmup is from 0 to 1"),
+    (["--steps", "0"], "begin at 1"), (["--max-source-length", "-3"], "at least 3"),
+    (["--warmup", "200"], "--warmup is from 0 to 1"),
     (["--max-target-length", "30", "--set", "min_length=40"], "min_length=40: choose 0 to max_length"),
     (["--evaluate", "x"], "not allowed with argument --train"),
     (["--validation", "/nonexistent"], "/nonexistent")])
