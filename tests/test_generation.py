@@ -138,7 +138,7 @@ def random_model(seed, lsg=True, **changes):
         decoder_attention_heads=2, encoder_ffn_dim=10, decoder_ffn_dim=14, lsg=lsg, block_size=4,
         sparse_block_size=4, max_position_embeddings=40, decoder_start_token_id=EOS,
         init_std=0.6) | changes)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     model = BarthezForConditionalGeneration(config).eval()
     model.final_logits_bias[0, EOS] = seed % 4
     return model

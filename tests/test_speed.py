@@ -55,90 +55,6 @@ def convolution(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# The whole model, with and without the code
-
-
-def compute(checkpoint):
-    """States, logits, gradients and generated ids, {name: tensors}. Reads the modules of the
-    project that it finds."""
-    torch.manual_seed(0)
-    ids = torch.randint(4, 180, (2, 300))  # long enough for convolutions
-    ids[1, 200:] = 1
-    labels = torch.randint(4, 180, (2, 40))
-    sizes = {"max_position_embeddings": 300, "block_size": 32, "sparse_block_size": 32}
-    no_dropout = dict.fromkeys(["dropout", "attention_dropout", "activation_dropout"], 0.0)
-    results = {}
-    for kind in lsg.SPARSITY_TYPES[:-1] + ("dense",):
-        options = {"sparsity_type": kind, "num_global_tokens": 3}
-        if kind == "dense":
-            options = {"lsg": False}
-        # In float64, rounding never decides to which direction a key is nearest.
-        dtype = torch.float64 if kind == "lsh" else torch.float32
-        model, _ = load_model(checkpoint, dtype=dtype, **sizes, **no_dropout, **options)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            states, visible = model.model.encoder(ids, ids != 1)
-        if kind in ("norm", "dense"):
-            for num_beams in 1, 4:
-                results[f"ids {kind} num_beams={num_beams}"] = model.generate(
-                    ids[:, :150], num_beams=num_beams, max_length=25, min_length=15)
-        torch.manual_seed(1)
-        out = model.train()(ids, ids != 1, labels=labels)
-        out.loss.backward()
-        gradients = [parameter.grad for parameter in model.parameters()]
-        results[kind] = [states, visible, out.logits.detach(), out.loss.detach(), *gradients]
-    return results
-
-
-def without_cpu(source):
-    """The source of barthez.py without its import of cpu.py and its three calls."""
-    for seam, replacement in (
-            ("from cpu import accelerate, keep_freed_memory, packed_weights\n", ""),
-            ("    accelerate(model)\n", ""), ("    keep_freed_memory()\n", ""),
-            ("with packed_weights(self):", "if True:")):
-        assert source.count(seam) == 1
-        source = source.replace(seam, replacement)
-    return source
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """The results of the whole project, and those of a copy without cpu.py."""
-    folder = tmp_path_factory.mktemp("plain")
-    for name in FILES:
-        source = (ROOT / name).read_text("utf-8")
-        source = without_cpu(source) if name == "barthez.py" else source
-        (folder / name).write_text(source, "utf-8")
-    (folder / "main.py").write_text(
-        "import sys, torch, lsg\nfrom barthez import load_model\ntorch.set_num_threads(1)\n"
-        f"{inspect.getsource(compute)}torch.save(compute(sys.argv[1]), 'results')", "utf-8")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    process = subprocess.Popen([sys.executable, "main.py", GOLDENS / "plain"], cwd=folder,
-                               env=environment)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "prefers_onednn", lambda: True)  # take this path on all processors
-        full = compute(GOLDENS / "plain")
-    assert process.wait() == 0
-    return full, torch.load(folder / "results")
-
-
-@every_attention
-def test_states_logits_and_gradients_are_equal_without_cpu_py(results, kind):
-    full, plain = (version[kind] for version in results)
-    for a, b in zip(full, plain, strict=True):
-        assert_close(a.double(), b.double())
-
-
-def test_generated_ids_are_equal_without_cpu_py(results):
-    names = [name for name in results[0] if name.startswith("ids ")]
-    assert len(names) == 4
-    for name in names:
-        full, plain = (version[name].tolist() for version in results)
-        assert full == plain
-        assert len(full[0]) > 15, "the texts are too short to prove anything"
-
-
-# ------------------------------------------------------------------------------------------------
 # Attention in pieces
 
 
@@ -363,3 +279,96 @@ def test_keep_freed_memory_sets_two_options_of_glibc_if_there_is_one(monkeypatch
         monkeypatch.setattr(ctypes, "CDLL", load)
         cpu.keep_freed_memory()
     assert Library.calls == [(-4, 0), (-1, -1)]
+
+
+# ------------------------------------------------------------------------------------------------
+# The whole model, with and without the code
+
+
+def compute(checkpoint):
+    """States, logits, gradients and generated ids, {name: tensors}. Reads the modules of the
+    project that it finds."""
+    torch.manual_seed(0)
+    ids = torch.randint(4, 180, (2, 300))  # long enough for convolutions
+    ids[1, 200:] = 1
+    labels = torch.randint(4, 180, (2, 40))
+    sizes = {"max_position_embeddings": 300, "block_size": 32, "sparse_block_size": 32}
+    no_dropout = dict.fromkeys(["dropout", "attention_dropout", "activation_dropout"], 0.0)
+    results = {}
+    for kind in lsg.SPARSITY_TYPES[:-1] + ("dense",):
+        options = {"sparsity_type": kind, "num_global_tokens": 3}
+        if kind == "dense":
+            options = {"lsg": False}
+        # In float64, rounding never decides to which direction a key is nearest.
+        dtype = torch.float64 if kind == "lsh" else torch.float32
+        model, _ = load_model(checkpoint, dtype=dtype, **sizes, **no_dropout, **options)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            states, visible = model.model.encoder(ids, ids != 1)
+        if kind in ("norm", "dense"):
+            for num_beams in 1, 4:
+                results[f"ids {kind} num_beams={num_beams}"] = model.generate(
+                    ids[:, :150], num_beams=num_beams, max_length=25, min_length=15)
+        torch.manual_seed(1)
+        out = model.train()(ids, ids != 1, labels=labels)
+        out.loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        results[kind] = [states, visible, out.logits.detach(), out.loss.detach(), *gradients]
+    return results
+
+
+def without_cpu(source):
+    """The source of barthez.py without its import of cpu.py and its three calls."""
+    for seam, replacement in (
+            ("from cpu import accelerate, keep_freed_memory, packed_weights\n", ""),
+            ("    accelerate(model)\n", ""), ("    keep_freed_memory()\n", ""),
+            ("with packed_weights(self):", "if True:")):
+        assert source.count(seam) == 1
+        source = source.replace(seam, replacement)
+    return source
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_cpu_py(tmp_path_factory):
+    """A process that computes the results without cpu.py while other tests run, and its folder."""
+    folder = tmp_path_factory.mktemp("plain")
+    for name in FILES:
+        source = (ROOT / name).read_text("utf-8")
+        source = without_cpu(source) if name == "barthez.py" else source
+        (folder / name).write_text(source, "utf-8")
+    (folder / "main.py").write_text(
+        "import sys, torch, lsg\nfrom barthez import load_model\ntorch.set_num_threads(1)\n"
+        f"{inspect.getsource(compute)}torch.save(compute(sys.argv[1]), 'results')", "utf-8")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    process = subprocess.Popen([sys.executable, "main.py", GOLDENS / "plain"], cwd=folder,
+                               env=environment)
+    yield process, folder
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def results(without_cpu_py):
+    """The results of the whole project, and those without cpu.py."""
+    process, folder = without_cpu_py
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "prefers_onednn", lambda: True)  # take this path on all processors
+        full = compute(GOLDENS / "plain")
+    assert process.wait() == 0
+    return full, torch.load(folder / "results")
+
+
+@every_attention
+def test_states_logits_and_gradients_are_equal_without_cpu_py(results, kind):
+    full, plain = (version[kind] for version in results)
+    for a, b in zip(full, plain, strict=True):
+        assert_close(a.double(), b.double())
+
+
+def test_generated_ids_are_equal_without_cpu_py(results):
+    names = [name for name in results[0] if name.startswith("ids ")]
+    assert len(names) == 4
+    for name in names:
+        full, plain = (version[name].tolist() for version in results)
+        assert full == plain
+        assert len(full[0]) > 15, "the texts are too short to prove anything"

@@ -30,9 +30,12 @@ NO_DROPOUT = "--set", "dropout=0.0", "attention_dropout=0.0", "activation_dropou
 
 @pytest.fixture
 def pairs(tmp_path):
-    """A file with 24 pairs."""
+    return write_pairs(tmp_path / "pairs.jsonl")
+
+
+def write_pairs(path):
+    """Write 24 pairs."""
     rng = random.Random(3)
-    path = tmp_path / "pairs.jsonl"
     with open(path, "w") as file:
         for _ in range(24):
             document = rng.choices(SENTENCES, k=rng.randrange(1, 5))
@@ -207,41 +210,6 @@ def test_accumulated_batches_count_as_one(pairs, tmp_path):
     options = *NO_DROPOUT, "--steps", 1, "--batch-tokens"
     once = run(pairs, tmp_path / "once", *options, 100000)
     assert_same(run(pairs, tmp_path / "five", *options, 400, "--accumulate", 5), once, 3e-4)
-
-
-TRAIN_AND_PRINT_NORMS = """
-import barthez, torch, train
-clip = torch.nn.utils.clip_grad_norm_
-def clip_and_print(weights, most):
-    norm = clip(weights, most)
-    train.say(f"norm {norm:.4f}")
-    return norm
-torch.nn.utils.clip_grad_norm_ = clip_and_print
-barthez.run(train.main)
-"""
-
-
-def test_two_processes_train_as_one_that_accumulates(pairs, tmp_path, capsys, monkeypatch):
-    options = *NO_DROPOUT, "--steps", 3, "--learning-rate", 1e-4
-    script = tmp_path / "script.py"
-    script.write_text(TRAIN_AND_PRINT_NORMS)
-    _, *words = arguments(pairs, tmp_path / "two", *options, "--accumulate", 2)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         script, *words], env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE, text=True)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
-    monkeypatch.setattr(sys, "argv", arguments(pairs, tmp_path / "one", *options,
-                                               "--accumulate", 4))
-    exec(TRAIN_AND_PRINT_NORMS, {})
-    printed = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, printed
-    two, one = (torch.tensor([float(x) for x in re.findall(r"(?:loss|norm) (\d+\.\d+)", text)])
-                for text in (printed, capsys.readouterr().err))
-    assert len(one) == 5  # two lines of progress, three norms
-    assert_close(two, one, 2e-3)
-    assert_same(load_file(tmp_path / "two" / "model.safetensors"),
-                load_file(tmp_path / "one" / "model.safetensors"), 3e-4)
 
 
 def test_options_of_the_update_have_an_effect(pairs, tmp_path):
@@ -442,3 +410,52 @@ def test_evaluation_prints_rouge_of_the_model_and_of_the_first_sentence(pairs, c
     monkeypatch.setattr(train, "RANK", 1)  # only the first of several processes prints
     main(command)
     assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes
+
+THREE_STEPS = *NO_DROPOUT, "--steps", 3, "--learning-rate", 1e-4
+TRAIN_AND_PRINT_NORMS = """
+import barthez, torch, train
+clip = torch.nn.utils.clip_grad_norm_
+def clip_and_print(weights, most):
+    norm = clip(weights, most)
+    train.say(f"norm {norm:.4f}")
+    return norm
+torch.nn.utils.clip_grad_norm_ = clip_and_print
+barthez.run(train.main)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_processes(tmp_path_factory):
+    """A run of two processes and its folder. It begins before the first test of this file and goes
+    on while the others run."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "script.py").write_text(TRAIN_AND_PRINT_NORMS)
+    _, *words = arguments(write_pairs(folder / "pairs.jsonl"), folder / "model",
+                          *THREE_STEPS, "--accumulate", 2)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         folder / "script.py", *words], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    yield process, folder
+    process.terminate()
+    process.wait()
+
+
+def test_two_processes_train_as_one_that_accumulates(two_processes, tmp_path, capsys, monkeypatch):
+    process, folder = two_processes
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
+    monkeypatch.setattr(sys, "argv", arguments(folder / "pairs.jsonl", tmp_path, *THREE_STEPS,
+                                               "--accumulate", 4))
+    exec(TRAIN_AND_PRINT_NORMS, {})
+    printed = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, printed
+    two, one = (torch.tensor([float(x) for x in re.findall(r"(?:loss|norm) (\d+\.\d+)", text)])
+                for text in (printed, capsys.readouterr().err))
+    assert len(one) == 5  # two lines of progress, three norms
+    assert_close(two, one, 2e-3)
+    assert_same(load_file(folder / "model" / "model.safetensors"),
+                load_file(tmp_path / "model.safetensors"), 3e-4)
