@@ -43,7 +43,7 @@ from cpu import accelerate, keep_freed_memory, packed_weights
 from hub import NoNetwork, find_model
 from load_weights import (ALIASES, GLOBALS, NUM_GLOBALS, WEIGHTS, describe, read_checkpoint,
                           resize_positions, write_checkpoint)
-from lsg import SPARSITY_TYPES, boolean_mask, check_options, lsg_attention
+from lsg import SPARSITY_TYPES, boolean_mask, check_options, full_attention, lsg_attention
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
                "gelu_new": partial(F.gelu, approximate="tanh")}
@@ -157,7 +157,7 @@ class Attention(nn.Module):
     def __init__(self, embed_dim, num_heads, dropout, lsg_options=None):
         super().__init__()
         self.num_heads, self.dropout, self.lsg_options = num_heads, dropout, lsg_options
-        self.attention = F.scaled_dot_product_attention  # cpu.accelerate replaces it
+        self.attention = full_attention  # cpu.accelerate replaces it
         self.k_proj = nn.Linear(embed_dim, embed_dim)
         self.v_proj = nn.Linear(embed_dim, embed_dim)
         self.q_proj = nn.Linear(embed_dim, embed_dim)

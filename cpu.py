@@ -71,8 +71,8 @@ def prefers_onednn():
 
 
 def fast_attention(query, key, value, visible=None, dropout_p=0.0):
-    """F.scaled_dot_product_attention, with the softmax written out where the fused kernel is slow:
-    for few queries, and in bfloat16 also for a block of queries and in training."""
+    """lsg.full_attention, with the softmax written out where PyTorch's fused kernel is slow: for
+    few queries, and in bfloat16 also for a block of queries and in training."""
     bf16 = query.dtype == torch.bfloat16
     few_queries = query.shape[-2] <= (256 if bf16 else 8)
     slow = query.is_cpu and (few_queries or (bf16 and torch.is_grad_enabled()))

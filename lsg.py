@@ -37,14 +37,22 @@ from torch.utils.checkpoint import checkpoint
 SPARSITY_TYPES = ("norm", "stride", "block_stride", "pooling", "bos_pooling", "lsh", "none", None)
 
 
+def full_attention(query, key, value, visible=None, dropout_p=0.0):
+    """softmax(query · key / √D) · value over the visible keys; 0 if there is none.
+
+    query (…, queries, D), key and value (…, keys, D), and visible (…, queries or 1, keys), True
+    where a key may be seen.
+    """
+    return F.scaled_dot_product_attention(query, key, value, visible, dropout_p)
+
+
 def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, sparse_block_size=128,
                   sparsity_factor=2, sparsity_type="norm", num_global_tokens=1,
-                  lsh_num_pre_rounds=1, adaptive=True, dropout_p=0.0,
-                  attention=F.scaled_dot_product_attention):
-    """Bidirectional self-attention: softmax(query · key / √D) · value over the visible keys.
+                  lsh_num_pre_rounds=1, adaptive=True, dropout_p=0.0, attention=full_attention):
+    """Bidirectional self-attention.
 
     query, key, value: (B, H, T, D), the global tokens first. These may be the text's own first
-        tokens, such as <s>. Apply rotary positions before.
+        tokens, such as <s>. Apply rotary positions before. Scores are divided by √D.
     attention_mask: (B, T), True or 1 where a key may be seen, global tokens included. Pad on the
         right. A query that sees no key gets 0. Outputs at padding are not zeroed.
     block_size, sparse_block_size, sparsity_factor, num_global_tokens: see the top of this file.
@@ -52,7 +60,7 @@ def lsg_attention(query, key, value, attention_mask=None, *, block_size=128, spa
         sparse keys, as does sparse_block_size=0 or sparsity_factor=0. "lsh" is random.
     adaptive: True pads a text to whole blocks; False raises ValueError instead.
     dropout_p: of attention weights; pass 0 in evaluation.
-    attention: a faster replacement, which takes the same five arguments by position.
+    attention: a replacement for full_attention, with the same arguments.
     Returns (B, H, T, D). Raises ValueError if shapes or options do not fit together.
 
     >>> x = torch.randn(1, 2, 1 + 64, 8)

@@ -20,7 +20,7 @@ from barthez import load_model
 from conftest import GOLDENS, assert_close
 from cpu import fast_attention
 from load_weights import GLOBALS, POSITIONS, add_globals, read_checkpoint, resize_positions
-from lsg import lsg_attention
+from lsg import full_attention, lsg_attention
 
 ROOT = Path(__file__).parent.parent
 SELECTIONS = "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling"
@@ -204,7 +204,7 @@ def test_every_selection_trains_in_mixed_precision(kind, dtype):
 # Numbers
 
 
-@pytest.mark.parametrize("attention", [F.scaled_dot_product_attention, fast_attention])
+@pytest.mark.parametrize("attention", [full_attention, fast_attention])
 @pytest.mark.parametrize("num_queries", [1, 8, 9, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
