@@ -95,8 +95,7 @@ def beam_search(next_logits, reorder, start, settings, eos_token_id, pad_token_i
         for hypothesis, best_score in zip(hypotheses, candidate_scores[:, 0].tolist()):
             hypothesis.done |= hypothesis.is_done(best_score, tokens.shape[2])
 
-        # Continue with the best candidates that do not end.
-        # Sorting moves those that end behind the others.
+        # Continue with the best candidates that do not end: sorting moves the others behind them.
         ranks = ends.int().argsort(dim=1, stable=True)[:, :beams]
         scores = candidate_scores.gather(1, ranks)
         beam = candidate_beam.gather(1, ranks)
