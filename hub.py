@@ -116,9 +116,10 @@ def update(repo_id, revision, attempts):
             blob = fetch(f"{endpoint()}/{repo_id}/resolve/{commit}/{name}", folder, checksum, size)
             try:
                 os.symlink(f"../../blobs/{checksum}", beside(path))
-                os.replace(beside(path), path)
             except OSError:  # Windows allows links to few users
                 os.replace(blob, path)
+            else:
+                os.replace(beside(path), path)
     ref = folder / "refs" / revision
     if commit not in (revision, read(ref)):
         beside(ref).write_text(commit)  # last, so that an interrupted update keeps the older one
