@@ -128,6 +128,8 @@ def normalize_settings(settings):
     settings = {ALIASES.get(key, key): value for key, value in settings.items()}
     new_tokens = settings.pop("max_new_tokens", None)
     if new_tokens is not None:  # max_length counts the start token, too
+        if type(new_tokens) is not int:
+            raise ValueError(f"max_new_tokens={new_tokens!r}: expected int")
         settings["max_length"] = new_tokens + 1
     for name in ("eos_token_id", "forced_eos_token_id"):
         if isinstance(settings.get(name), list):

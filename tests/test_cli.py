@@ -335,6 +335,7 @@ def test_a_file_that_is_no_text_is_named_with_advice(tmp_path, data, said):
 
 @pytest.mark.parametrize("options, said", [
     (["--block-size", "7"], "block_size"), (["--max-source-length", "0"], "--max-source-length"),
+    (["--set", "max_new_tokens=many"], "max_new_tokens='many'"),
     (["--set", "length_penalty=NaN"], "length_penalty"), (["--set", "block_size"], "block_size=''"),
     (["--set", "num_global_tokens=[1]"], "num_global_tokens"), (["--set", "blocksize=8"], "size"),
     (["--set", "max_position_embeddings=0"], "max_position"), (["--revision", "x"], "revision"),
