@@ -7,8 +7,8 @@ Sequence-to-Sequence Model" (2020), arXiv:2010.12321, after Y. Liu et al., arXiv
 Official code: transformers 4.36.2, models/mbart/modeling_mbart.py; with LSG, lsg-converter 0.1.9,
 lsg_converter/mbart/modeling_lsg_mbart.py. Modules are named as in the checkpoint.
 
-The walk of a document: main -> a folder (hub.py) -> config, tensors, tokenizer, with a conversion to
-LSG (load_weights.py) -> build_model -> summarize -> ids (tokenizer.py) -> generate -> Encoder ->
+The walk of a document: main -> a folder (hub.py) -> config, tensors, tokenizer, with a conversion
+to LSG (load_weights.py) -> build_model -> summarize -> ids (tokenizer.py) -> generate -> Encoder ->
 lsg_attention (lsg.py) -> Decoder, with the cache of beam_search (beam_search.py) -> ids -> text.
 cpu.py makes it faster.
 
@@ -16,6 +16,7 @@ Letters used for shapes:
     B batch    H heads    D head dimension    E d_model    V vocabulary    G global tokens
     T tokens of the sequence that attends     S tokens that it attends to; in cross-attention, those
                                               of the encoded document, with its globals
+                                              (in Encoder, T leaves out the globals: S = G + T)
     beams      num_beams: during generation, shapes have "beams" instead of T, since each step reads
                one token per beam
 """
@@ -206,7 +207,8 @@ class Layer(nn.Module):
         normed = self.self_attn_layer_norm(x)
         key, value = self.self_attn.keys_values(normed)
         if layer_cache is not None:
-            key, value = layer_cache.append(key, value)  # (B, H, all tokens written so far, D)
+            # (B, H, all tokens written so far by all beams, D); visible picks each beam's own.
+            key, value = layer_cache.append(key, value)
         return x + self.dropout(self.self_attn(normed, key, value, visible))
 
     def feed_forward(self, x):
@@ -321,7 +323,7 @@ class Encoder(Stack):
     def drop_globals(self, x, visible):
         """x (B, G + T, E) and visible (B, G + T) -> (B, T, E) and (B, T)."""
         G, text = self.config.num_global_tokens, x[:, self.config.num_global_tokens:]
-        # mask_first_token does the same to <s>, as in the original, though nothing sees it then.
+        # mask_first_token alone also replaces <s>, as in the original, though it is masked then.
         if self.config.pool_with_global or self.config.mask_first_token:
             text = torch.cat([x[:, :1], text[:, 1:]], dim=1)  # the first global token replaces <s>
         return text, visible[:, G:]
@@ -445,7 +447,8 @@ class BarthezForConditionalGeneration(nn.Module):
         """Write texts for each document by beam search; one beam is greedy search.
 
         input_ids, attention_mask: (B, T). Without a mask, pad_token_id is padding.
-        settings: those of GenerationConfig; those not given are the checkpoint's.
+        settings: those of GenerationConfig; those not given are the checkpoint's. max_length is 20
+            if neither has one.
         Returns ids (B * num_return_sequences, L), the best text of each document first. Each begins
         with the start token; pad_token_id follows </s>. Call model.eval() before, as for any model.
         """
